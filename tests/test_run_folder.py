@@ -1,0 +1,268 @@
+"""Run folders: one run each, found again, locked; facts and tables that survive a resume."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from utils import run_folder
+from utils.errors import UserError
+from utils.run_folder import (
+    append_row,
+    create_run_folder,
+    environment_facts,
+    latest_run_folder,
+    lock,
+    resolve_run,
+    rows_before,
+    truncate_rows,
+    write_facts,
+    write_json,
+)
+
+# Makes ten run folders, each as soon as its twin is ready for the same one; then holds the first one locked.
+TWIN = """
+import sys, time
+from pathlib import Path
+from utils.run_folder import create_run_folder, lock
+root, own, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+folders = []
+for number in range(10):
+    (root / f"{own}{number}").touch()
+    while not (root / f"{other}{number}").exists():
+        pass
+    folders.append(create_run_folder(root, "config", f"name{number}", 0.5))
+with lock(folders[0]):
+    print(*folders, sep=";", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[subprocess.Popen, list[Path]]]]:
+    """Two processes that asked for the same ten run folders at the same time, and the folders they got."""
+    root = tmp_path_factory.mktemp("twins")
+    commands = [[sys.executable, "-c", TWIN, str(root), *names] for names in ("ab", "ba")]
+    processes = [
+        subprocess.Popen(
+            command, cwd=run_folder.PROJECT_FOLDER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for command in commands
+    ]
+    yield [(process, [Path(name) for name in process.stdout.readline().strip().split(";")]) for process in processes]
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_runs_of_one_name_are_numbered_and_the_latest_is_found(tmp_path: Path) -> None:
+    base = tmp_path / "runs" / "quickstart" / "first" / "prune_rate=0.5"
+    arguments = (tmp_path / "runs", "quickstart", "first", 0.5)
+    for expected in (base, base / "1", base / "2"):
+        assert create_run_folder(*arguments) == expected
+        assert latest_run_folder(*arguments) == expected
+        assert (expected / "logs").is_dir()
+        assert (expected / "checkpoints").is_dir()
+
+
+def test_a_gap_is_not_filled_so_the_highest_number_is_the_newest_run(tmp_path: Path) -> None:
+    base = create_run_folder(tmp_path, "config", "name", 0.5)
+    (base / "10").mkdir()
+    assert create_run_folder(tmp_path, "config", "name", 0.5) == base / "11"
+    assert latest_run_folder(tmp_path, "config", "name", 0.5) == base / "11"
+
+
+def test_who_comes_second_by_a_moment_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / "config" / "name" / "prune_rate=0.5"
+    mkdir = os.mkdir
+
+    def mkdir_after_a_faster_process(path: Path, *arguments: object) -> None:
+        if Path(path) == base and not base.exists():
+            mkdir(path)
+        mkdir(path, *arguments)
+
+    monkeypatch.setattr(os, "mkdir", mkdir_after_a_faster_process)
+    assert create_run_folder(tmp_path, "config", "name", 0.5) == base / "1"
+
+
+def test_two_processes_never_share_a_run_folder(twins: list) -> None:
+    (_, folders), (_, other_folders) = twins
+    for number, pair in enumerate(zip(folders, other_folders, strict=True)):
+        first, second = sorted(pair)
+        assert first.parent.name == f"name{number}"
+        assert second == first / "1"
+
+
+def test_a_locked_folder_is_refused_and_taken_over_when_its_process_is_killed(twins: list) -> None:
+    process, folders = twins[0]
+    holder = rf"in use by process {process.pid} on .*; wait for it or stop it"
+    with pytest.raises(UserError, match=holder), lock(folders[0]):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert str(process.pid) in (folders[0] / "run.lock").read_text()
+    with lock(folders[0]):
+        assert f"process {os.getpid()} on" in (folders[0] / "run.lock").read_text()
+    assert (folders[0] / "run.lock").read_text() == ""
+
+
+def test_a_lock_left_on_another_host_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.lock").write_text("process 7 on elsewhere")
+    message = r"in use by process 7 on elsewhere; if that has ended, delete .*run\.lock"
+    with pytest.raises(UserError, match=message), lock(tmp_path):
+        pass
+    (tmp_path / "run.lock").unlink()
+    with lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc", "a\\b", "a\nb", "a\0b"])
+def test_a_name_must_be_one_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="name must be a plain folder name, got " + re.escape(repr(name))):
+        create_run_folder(tmp_path, "config", name, 0.5)
+    with pytest.raises(UserError, match="config must be a plain folder name"):
+        create_run_folder(tmp_path, name, "name", 0.5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_dir_that_is_a_file_is_a_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("not a folder")
+    with pytest.raises(UserError, match=r"cannot make the run folder .*--log-dir"):
+        create_run_folder(tmp_path / "runs", "config", "name", 0.5)
+
+
+def test_no_run_to_resume_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "config" / "name" / "prune_rate=0.25"))):
+        latest_run_folder(tmp_path, "config", "name", 0.25)
+
+
+def test_a_run_is_found_by_its_folder_or_by_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = create_run_folder(tmp_path, "config", "name", 0.5)
+    last, best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
+    with pytest.raises(UserError, match=r"has no checkpoints/last\.pt \(it has no checkpoint at all\)"):
+        resolve_run(folder)
+    best.touch()
+    with pytest.raises(UserError, match=r"has no checkpoints/last\.pt \(it has best\.pt\)"):
+        resolve_run(folder)
+    last.touch()
+    assert resolve_run(folder) == (folder, last)
+    assert resolve_run(str(best)) == (folder, best)
+    monkeypatch.chdir(folder / "checkpoints")
+    assert resolve_run("best.pt") == (folder, Path("best.pt"))
+
+
+def test_a_path_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        resolve_run(tmp_path / "nowhere")
+    (tmp_path / "stray.pt").touch()
+    with pytest.raises(UserError, match="is not in the checkpoints/ folder of a run"):
+        resolve_run(tmp_path / "stray.pt")
+
+
+def test_facts_are_written_and_a_resumed_run_adds_its_command(tmp_path: Path) -> None:
+    first = ["main.py", "--name", "with space"]
+    second = ["main.py", "--resume"]
+    write_facts(tmp_path, config_yaml="seed: 0\n", command=first, environment={"torch": "2.9"})
+    write_facts(tmp_path, config_yaml="seed: 1\n", command=second, environment={"torch": "2.14"})
+    lines = (tmp_path / "command.txt").read_text().splitlines()
+    assert [shlex.split(line) for line in lines] == [first, second]
+    assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
+    assert json.loads((tmp_path / "env.json").read_text()) == {"torch": "2.14"}
+
+
+def test_environment_facts_are_plain_and_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "do-not-tell")
+    facts = environment_facts("cpu")
+    text = json.dumps(facts)
+    assert "do-not-tell" not in text
+    assert "SECRET_TOKEN" not in text
+    for name in ("python", "torch", "torchvision", "numpy", "platform", "cpu_capability", "num_threads"):
+        assert facts[name], name
+    assert facts["gpu"] is None
+
+
+def test_the_git_state_is_that_of_the_project_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=x", "-c", "user.email=x", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
+
+    monkeypatch.setattr(run_folder, "PROJECT_FOLDER", tmp_path.resolve())
+    assert run_folder._git_state() == (None, None)
+    git("init")
+    (tmp_path / "main.py").write_text("a")
+    git("add", ".")
+    git("commit", "--message", "first")
+    commit, dirty = run_folder._git_state()
+    assert re.fullmatch("[0-9a-f]{40,64}", commit)
+    assert dirty is False
+    (tmp_path / "main.py").write_text("b")
+    assert run_folder._git_state() == (commit, True)
+    # A copy of the project inside another repository.
+    (tmp_path / "inside").mkdir()
+    monkeypatch.setattr(run_folder, "PROJECT_FOLDER", tmp_path.resolve() / "inside")
+    assert run_folder._git_state() == (None, None)
+    monkeypatch.setenv("PATH", "")
+    assert run_folder._git_state() == (None, None)
+
+
+def test_a_table_has_one_header_and_refuses_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    append_row(path, {"epoch": 0, "loss": 0.1 + 0.2, "note": "a, b"})
+    append_row(path, {"note": "", "epoch": 1, "loss": 1e-20})
+    assert path.read_text() == 'epoch,loss,note\n0,0.30000000000000004,"a, b"\n1,1e-20,\n'
+    with pytest.raises(UserError, match=r"has the columns epoch, loss, note but the new row has epoch, accuracy"):
+        append_row(path, {"epoch": 2, "accuracy": 3.0})
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_resumed_table_has_every_epoch_once(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    assert rows_before(path, 3) == []
+    truncate_rows(path, 3)
+    assert not path.exists()
+    for epoch in range(5):
+        append_row(path, {"epoch": epoch, "loss": epoch / 10})
+    truncate_rows(path, 3)
+    append_row(path, {"epoch": 3, "loss": 7.0})
+    assert path.read_text() == "epoch,loss\n0,0.0\n1,0.1\n2,0.2\n3,7.0\n"
+    assert rows_before(path, 2) == [{"epoch": "0", "loss": "0.0"}, {"epoch": "1", "loss": "0.1"}]
+    truncate_rows(path, 0)
+    assert path.read_text() == "epoch,loss\n"
+
+
+@pytest.mark.parametrize("torn", ["2", "2,0.", "2,0.2"])
+def test_a_row_cut_short_by_a_crash_is_dropped(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text(f"epoch,loss\n0,0.0\n1,0.1\n{torn}")
+    assert [row["epoch"] for row in rows_before(path, 3)] == ["0", "1"]
+    truncate_rows(path, 3)
+    assert path.read_text() == "epoch,loss\n0,0.0\n1,0.1\n"
+
+
+def test_a_header_cut_short_by_a_crash_is_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text("epoch,lo")
+    append_row(path, {"epoch": 0, "loss": 0.5})
+    assert path.read_text() == "epoch,loss\n0,0.5\n"
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "summary.json"
+    write_json(path, {"test_top1": 85.5})
+
+    def crash(source: Path, target: Path) -> None:
+        assert json.loads(Path(source).read_text()) == {"test_top1": 86.0}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            write_json(path, {"test_top1": 86.0})
+    assert json.loads(path.read_text()) == {"test_top1": 85.5}

@@ -1,0 +1,322 @@
+"""The folder of one run: where it lies, who may write into it, and the facts and results kept in it.
+
+<log_dir>/<config_stem>/<name>/prune_rate=<keep_ratio>/        the first run, as in the released code
+<log_dir>/<config_stem>/<name>/prune_rate=<keep_ratio>/1/      the second, and so on
+    config.yaml  command.txt  env.json  results.csv  logs/  checkpoints/
+"""
+
+import csv
+import fcntl
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from utils.errors import UserError
+
+PROJECT_FOLDER = Path(__file__).resolve().parent.parent
+
+# What decides the speed and the rounding of a matrix product; /proc/cpuinfo lists some hundred more.
+CPU_FLAGS = [
+    *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
+    *("asimd", "sve", "i8mm", "bf16"),
+]
+
+
+# ---- Where a run lies ----
+
+
+def create_run_folder(log_dir: str | Path, config_stem: str, name: str, keep_ratio: float) -> Path:
+    """Make the folder of a new run, with `logs/` and `checkpoints/`; never one that another run has.
+
+    `os.mkdir` decides: of several processes that ask for the same folder exactly one gets it, the others
+    go on to the next number.
+
+    Raises: UserError if `config_stem` or `name` is not a plain folder name, or the folder cannot be made.
+    """
+    base = _base_folder(log_dir, config_stem, name, keep_ratio)
+    folder = base
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                # One above the highest, not the first gap: then the highest is always the newest.
+                folder = base / str(max(_repeats(base), default=0) + 1)
+        (folder / "logs").mkdir()
+        (folder / "checkpoints").mkdir()
+    except OSError as error:
+        raise UserError(
+            f"cannot make the run folder {folder}: {error.strerror}; choose another place with --log-dir"
+        ) from error
+    return folder
+
+
+def latest_run_folder(log_dir: str | Path, config_stem: str, name: str, keep_ratio: float) -> Path:
+    """The highest-numbered run folder of this configuration; the unnumbered first run if it is the only one.
+
+    Raises: UserError if there is none.
+    """
+    base = _base_folder(log_dir, config_stem, name, keep_ratio)
+    if repeats := _repeats(base):
+        return base / str(max(repeats))
+    if (base / "checkpoints").is_dir():
+        return base
+    raise UserError(f"no run to resume in {base}; start one without --resume, or give its folder with --resume PATH")
+
+
+def resolve_run(path: str | Path) -> tuple[Path, Path]:
+    """Find the run folder and the checkpoint file that `path` means.
+
+    Args:
+        path: a run folder (its `checkpoints/last.pt` is taken) or a checkpoint file inside one.
+    Returns: (run folder, checkpoint file); both exist.
+    Raises: UserError if one of them does not.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder, checkpoint = path, path / "checkpoints" / "last.pt"
+    elif path.is_file() and path.absolute().parent.name == "checkpoints":
+        folder, checkpoint = path.absolute().parent.parent, path
+    elif path.is_file():
+        raise UserError(
+            f"{path} is not in the checkpoints/ folder of a run; give a run folder, "
+            "or a file such as RUN/checkpoints/last.pt"
+        )
+    else:
+        raise UserError(f"{path} does not exist; give a run folder or a checkpoint file inside one")
+    if not checkpoint.is_file():
+        others = sorted(file.name for file in checkpoint.parent.glob("*.pt"))
+        found = f"it has {', '.join(others)}" if others else "it has no checkpoint at all"
+        raise UserError(f"{folder} has no checkpoints/last.pt ({found}); give a run folder or a checkpoint file")
+    return folder, checkpoint
+
+
+def _base_folder(log_dir: str | Path, config_stem: str, name: str, keep_ratio: float) -> Path:
+    for label, part in (("config", config_stem), ("name", name)):
+        if part in ("", ".", "..") or "/" in part or "\\" in part or not part.isprintable():
+            raise UserError(
+                f"{label} must be a plain folder name, got {part!r}; it becomes one folder below {log_dir}, "
+                "so leave out slashes"
+            )
+    return Path(log_dir) / config_stem / name / f"prune_rate={keep_ratio:g}"
+
+
+def _repeats(base: Path) -> list[int]:
+    """Numbers of the repeated runs below the first one."""
+    if not base.is_dir():
+        return []
+    return [int(entry.name) for entry in base.iterdir() if entry.name.isdecimal() and entry.is_dir()]
+
+
+@contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """Hold a run folder for this process, so that no second process writes into it.
+
+    The kernel holds the lock and drops it when the process ends, however it ends: a lock file left by a dead
+    process is simply taken over, and a process id used again by a stranger cannot block a run. The file says
+    who holds it. It stays, empty, when the lock is given back: deleting it would let two waiting processes
+    lock two different files of one name.
+
+    Raises: UserError with the process id if another process holds the folder, or if a run on another host
+        left it locked, because whether that one still lives cannot be seen from here.
+    """
+    path = Path(folder) / "run.lock"
+    host = socket.gethostname()
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            # lockf, not flock: forked data loader workers, which may outlive a killed run, must not share it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = _lock_holder(file) or "another process"
+            raise UserError(f"{folder} is in use by {holder}; wait for it or stop it first") from None
+        except OSError as error:
+            raise UserError(
+                f"cannot lock {path}: {error.strerror}; choose a place on another file system with --log-dir"
+            ) from error
+        holder = _lock_holder(file)
+        if holder and not holder.endswith(f" on {host}"):
+            raise UserError(f"{folder} is in use by {holder}; if that has ended, delete {path} and start again")
+        _write_holder(file, f"process {os.getpid()} on {host}")
+        try:
+            yield
+        finally:
+            _write_holder(file, "")
+
+
+def _lock_holder(file: io.TextIOBase) -> str:
+    file.seek(0)
+    return file.read().strip()
+
+
+def _write_holder(file: io.TextIOBase, holder: str) -> None:
+    file.truncate(0)
+    file.write(holder)
+    file.flush()
+
+
+# ---- What it was: configuration, command, environment ----
+
+
+def write_facts(
+    folder: str | Path, *, config_yaml: str, command: Sequence[str], environment: Mapping[str, Any]
+) -> None:
+    """Write config.yaml and env.json of the latest start, and one line for each start in command.txt."""
+    folder = Path(folder)
+    _replace_text(folder / "config.yaml", config_yaml)
+    write_json(folder / "env.json", dict(environment))
+    with open(folder / "command.txt", "a", encoding="utf-8") as file:
+        file.write(shlex.join(command) + "\n")
+
+
+def environment_facts(device: torch.device | str) -> dict[str, Any]:
+    """What a result can depend on besides configuration and seed: versions, code, processor, GPU.
+
+    A list of named facts, never a copy of the environment variables: those hold secrets.
+    """
+    commit, dirty = _git_state()
+    cpu_model, cpu_flags = _cpu_facts()
+    facts = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": _package_version("torchvision"),
+        "numpy": numpy.__version__,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "platform": platform.platform(),
+        "cpu": cpu_model,
+        "cpu_flags": cpu_flags,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_count": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": None,
+        "gpu_driver": None,
+        "cuda": torch.version.cuda,
+    }
+    if torch.device(device).type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        drivers = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        facts["gpu_driver"] = drivers.splitlines()[0] if drivers else None
+    return facts
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    """Commit of the project and whether tracked files differ from it; twice None outside its checkout."""
+    git = ("git", "--no-optional-locks", "-C", str(PROJECT_FOLDER))
+    top = _output_of(*git, "rev-parse", "--show-toplevel")
+    # A copy of the project inside some other repository must not claim that one's commit.
+    if top is None or Path(top).resolve() != PROJECT_FOLDER:
+        return None, None
+    commit = _output_of(*git, "rev-parse", "--verify", "HEAD")
+    changes = _output_of(*git, "status", "--porcelain", "--untracked-files=no")
+    if commit is None or changes is None:
+        return None, None
+    return commit, changes != ""
+
+
+def _output_of(*command: str) -> str | None:
+    """Standard output of a command; None if it is not installed, fails or takes longer than ten seconds."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _package_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_facts() -> tuple[str, list[str]]:
+    """Name of the processor and those of CPU_FLAGS that it has (none are known outside Linux)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    # Every core repeats its lines; on x86 the line is called "flags", on ARM "Features".
+    entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = (entries.get("flags") or entries.get("Features") or "").split()
+    return entries.get("model name") or platform.processor(), [flag for flag in CPU_FLAGS if flag in flags]
+
+
+# ---- What came out: tables and summaries ----
+
+
+def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
+    """Append one row to a CSV table; the first row also writes the header.
+
+    Raises: UserError if the columns are not those of the header.
+    """
+    path = Path(path)
+    columns = _columns(path)
+    if columns and set(columns) != set(row):
+        raise UserError(
+            f"{path} has the columns {', '.join(columns)} but the new row has {', '.join(row)}; "
+            "it was written by another version of this project: start a new run"
+        )
+    with open(path, "a" if columns else "w", encoding="utf-8", newline="") as file:
+        file.write(_csv_text(columns or list(row), [row], header=not columns))
+
+
+def rows_before(path: str | Path, epoch: int) -> list[dict[str, str]]:
+    """Rows of a CSV table whose column `epoch` is below the given one; empty if there is no table yet."""
+    rows = csv.DictReader(io.StringIO(_whole_lines(Path(path)), newline=""))
+    return [row for row in rows if int(row["epoch"]) < epoch]
+
+
+def truncate_rows(path: str | Path, epoch: int) -> None:
+    """Drop the rows from `epoch` on, which a resumed run is about to write again; the header stays."""
+    path = Path(path)
+    if columns := _columns(path):
+        _replace_text(path, _csv_text(columns, rows_before(path, epoch), header=True))
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file; a reader sees the old content or the new, never half of it."""
+    _replace_text(Path(path), json.dumps(content, indent=2) + "\n")
+
+
+def _columns(path: Path) -> list[str]:
+    """Names in the header of a CSV table; none if there is no table yet."""
+    return next(csv.reader([_whole_lines(path).partition("\n")[0]]), [])
+
+
+def _whole_lines(path: Path) -> str:
+    """Text of a file up to its last end of line: a crash may have cut off what follows."""
+    if not path.exists():
+        return ""
+    text = path.read_bytes().decode("utf-8")
+    return text[: text.rfind("\n") + 1]
+
+
+def _csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], header: bool) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

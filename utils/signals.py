@@ -1,0 +1,43 @@
+"""Stopping at the next convenient moment instead of in the middle of a step."""
+
+import signal
+from types import FrameType
+
+
+class StopRequest:
+    """Context in which Ctrl-C (SIGINT) and SIGTERM ask the program to stop instead of killing it.
+
+        with StopRequest() as stop:
+            for batch in batches:
+                train_step(batch)
+                if stop.signal is not None:
+                    save and sys.exit(stop.exit_code)
+
+    A second signal of either kind ends the process at once. Only the main thread may enter the context.
+
+    Attributes:
+        signal: number of the signal that came, None as long as none did.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        for handled in self._previous:
+            signal.signal(handled, signal.SIG_DFL)
+
+    @property
+    def exit_code(self) -> int:
+        """Exit status by which shells and schedulers know the signal: 130 or 143; 0 if none came."""
+        return 0 if self.signal is None else 128 + self.signal
