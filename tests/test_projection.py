@@ -1,0 +1,192 @@
+"""The projection onto box and budget: properties that define it, and a slow reference that bisects."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from utils.projection import project_onto_budget
+
+# Some values are common on purpose: ties, the corners of the box, differences of exactly 1 (coinciding breaks).
+VALUES = st.one_of(
+    st.sampled_from([-1.5, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.25, 1.5, 2.0]),
+    st.floats(-3.0, 4.0, allow_nan=False, width=32),
+)
+
+
+REPEATABLE = settings(deadline=None, derandomize=True, database=None)
+ROUNDING = 1e-14  # of float64 sums; it shows where the budget itself is next to nothing
+
+
+@st.composite
+def problems(draw) -> tuple[Tensor, float]:
+    """Scores in float64 and a budget they may or may not meet."""
+    scores = draw(st.lists(VALUES, min_size=1, max_size=12))
+    fraction = draw(st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0.0, 1.0)))
+    return torch.tensor(scores, dtype=torch.float64), fraction * len(scores)
+
+
+def bisected(scores_U: Tensor, budget: float) -> tuple[np.ndarray, float]:
+    """Slow reference: bisection for v, in numpy, to the last bit."""
+    z = scores_U.double().numpy()
+    if z.clip(0, 1).sum() <= budget:
+        return z.clip(0, 1), 0.0
+    low, high = 0.0, max(float(z.max()), 0.0)
+    for _ in range(80):
+        middle = (low + high) / 2
+        if (z - middle).clip(0, 1).sum() > budget:
+            low = middle
+        else:
+            high = middle
+    return (z - high).clip(0, 1), high
+
+
+def sorted_reference(scores_U: Tensor, budget: float) -> np.ndarray:
+    """Slow reference: tries every segment between two breaks and solves the linear equation in it."""
+    z = scores_U.double().numpy()
+    if z.clip(0, 1).sum() <= budget:
+        return z.clip(0, 1)
+    breaks = sorted({0.0, *(b for b in np.concatenate([z, z - 1]) if b > 0)})
+    for left, right in pairwise(breaks):
+        at_left, at_right = (z - left).clip(0, 1).sum(), (z - right).clip(0, 1).sum()
+        if at_right <= budget:
+            v = left + (at_left - budget) / (at_left - at_right) * (right - left)
+            return (z - v).clip(0, 1)
+    raise AssertionError("the budget was never met")
+
+
+@settings(REPEATABLE, max_examples=100)
+@given(problems())
+@example((torch.tensor([0.5, 1.5, 0.5, 1.5], dtype=torch.float64), 2.0))
+@example((torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), 1.0))
+@example((torch.tensor([0.3], dtype=torch.float64), 0.0))
+@example((torch.tensor([-1.0, -2.0], dtype=torch.float64), 0.0))
+def test_feasible_optimal_and_equal_to_slow_references(problem):
+    scores_U, budget = problem
+    projected, v = project_onto_budget(scores_U, budget)
+    # feasible
+    assert projected.min() >= 0
+    assert projected.max() <= 1
+    assert projected.sum() <= budget * (1 + 1e-6) + ROUNDING
+    # KKT: the form, the sign of the multiplier, complementary slackness
+    assert v >= 0
+    torch.testing.assert_close(projected, (scores_U - v).clamp(0, 1), rtol=0, atol=1e-12)
+    assert abs(v * (budget - projected.sum())) <= 1e-9
+    # slow references
+    np.testing.assert_allclose(projected.numpy(), bisected(scores_U, budget)[0], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(projected.numpy(), sorted_reference(scores_U, budget), rtol=0, atol=1e-10)
+
+
+@settings(REPEATABLE, max_examples=50)
+@given(problems())
+def test_v_is_the_smallest_feasible(problem):
+    scores_U, budget = problem
+    _, v = project_onto_budget(scores_U, budget)
+    if v > 1e-6:
+        assert (scores_U - (v - 1e-6)).clamp(0, 1).sum() > budget
+    else:
+        assert scores_U.clamp(0, 1).sum() <= budget + 1e-5
+
+
+@settings(REPEATABLE, max_examples=100)
+@given(problems())
+def test_idempotent(problem):
+    scores_U, budget = problem
+    once, _ = project_onto_budget(scores_U, budget)
+    twice, v = project_onto_budget(once, budget)
+    torch.testing.assert_close(twice, once, rtol=0, atol=1e-12)
+    assert v <= 1e-12
+
+
+@settings(REPEATABLE, max_examples=100)
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=12), st.floats(0.0, 1.0))
+def test_identity_inside(scores, slack):
+    scores_U = torch.tensor(scores, dtype=torch.float64)
+    total = float(scores_U.sum())
+    projected, v = project_onto_budget(scores_U, min(total + slack, len(scores)))
+    assert torch.equal(projected, scores_U)
+    assert v == 0
+
+
+@settings(REPEATABLE, max_examples=100)
+@given(problems())
+def test_order_is_preserved_and_ties_stay_ties(problem):
+    scores_U, budget = problem
+    projected, _ = project_onto_budget(scores_U, budget)
+    order = scores_U.argsort(stable=True)
+    assert (projected[order].diff() >= 0).all()
+    for value in scores_U.unique():
+        assert projected[scores_U == value].unique().numel() == 1
+
+
+@settings(REPEATABLE, max_examples=20)
+@given(problems(), st.randoms(use_true_random=False))
+def test_no_feasible_point_is_nearer(problem, random):
+    scores_U, budget = problem
+    projected, _ = project_onto_budget(scores_U, budget)
+    distance = (projected - scores_U).square().sum()
+    for _ in range(20):
+        other = torch.tensor([random.random() for _ in scores_U], dtype=torch.float64)
+        other *= min(1.0, budget / float(other.sum() + 1e-300))
+        assert (other - scores_U).square().sum() >= distance - 1e-9
+
+
+@pytest.mark.parametrize("keep_ratio", [0.03, 0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("kind", ["uniform", "after a step", "equal", "saturated"])
+def test_budget_holds_for_26000_scores_in_float32(keep_ratio, kind):
+    generator = torch.Generator().manual_seed(0)
+    num_units = 26_000
+    budget = keep_ratio * num_units
+    scores_U = torch.rand(num_units, generator=generator)
+    if kind == "after a step":
+        scores_U, _ = project_onto_budget(scores_U, budget)
+        scores_U = scores_U + 0.012 * torch.randint(-1, 2, (num_units,), generator=generator)
+    elif kind == "equal":
+        scores_U = torch.full((num_units,), 0.95)
+    elif kind == "saturated":
+        scores_U = (scores_U > 0.5).float()
+    projected, v = project_onto_budget(scores_U, budget)
+    assert projected.dtype == v.dtype == torch.float32
+    total = projected.double().sum().item()
+    assert total <= budget * (1 + 1e-6)
+    if scores_U.double().clamp(0, 1).sum() > budget:
+        assert total >= budget * (1 - 1e-6)  # nor is any of it wasted
+
+
+def test_budget_zero_leaves_nothing():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        scores_U = torch.rand(40, generator=generator) * 1.2
+        assert project_onto_budget(scores_U, 0.0)[0].sum() <= ROUNDING
+
+
+def test_the_whole_budget_is_the_box_alone():
+    scores_U = torch.tensor([-0.2, 0.4, 1.3])
+    projected, v = project_onto_budget(scores_U, 3)
+    assert projected.tolist() == [0.0, scores_U[1].item(), 1.0]
+    assert v == 0
+
+
+def test_ties_share_the_budget():
+    projected, v = project_onto_budget(torch.full((4,), 0.7, dtype=torch.float64), 2.0)
+    torch.testing.assert_close(projected, torch.full((4,), 0.5, dtype=torch.float64))
+    assert v.item() == pytest.approx(0.2)
+
+
+def test_the_input_is_left_alone():
+    scores_U = torch.tensor([0.9, 0.8, 0.7])
+    before = scores_U.clone()
+    project_onto_budget(scores_U, 1.0)
+    assert torch.equal(scores_U, before)
+
+
+@pytest.mark.parametrize("budget", [-0.001, 3.001, float("nan")])
+def test_out_of_range_is_refused(budget):
+    with pytest.raises(ValueError, match=r"budget must lie in \[0, 3\]"):
+        project_onto_budget(torch.rand(3), budget)
