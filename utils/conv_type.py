@@ -1,0 +1,121 @@
+"""Layers whose channels can be dropped. A *unit* is one output channel and everything per-channel behind it.
+
+Legend: B batch, C channels of one layer, U all units of a network.
+
+These modules are the readable reference (`execution: masked`): they compute every channel and multiply by masks
+that were set from outside. `utils/compact.py` computes the same numbers from the kept channels alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv2d(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`conv` applied to x with (a part of) its weight.
+
+    A 1x1 convolution with a stride reads every stride-th pixel only, so they are picked first: the same numbers. Left
+    to oneDNN (torch 2.14.1, AVX2, channels_last) its weight gradient corrupts the heap for 2 to 6 input channels.
+    """
+    stride = conv.stride
+    if conv.kernel_size == (1, 1) and conv.padding == (0, 0) and stride != (1, 1):
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    return F.conv2d(x, weight, bias, stride, conv.padding, conv.dilation, conv.groups)
+
+
+class PlainConv(nn.Conv2d):
+    """An ordinary convolution that goes through `conv2d` above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(self, x, self.weight, self.bias)
+
+
+class SubnetConv(PlainConv):
+    """A convolution of which a subset of output channels is in use.
+
+    `mask` (C,) bool is set from outside and only applied here; None keeps every channel. The mask acts before
+    batch-norm, so on its own it leaves a dropped channel as a constant (the shift of the batch-norm). That is the
+    released semantics; for dropped to mean absent, the `SubnetBatchNorm` behind needs its `live` mask too.
+    """
+
+    mask: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.mask is None else y * self.mask.view(-1, 1, 1)
+
+
+class VRPGE(SubnetConv):
+    """A `SubnetConv` that owns the probabilities by which its channels are kept.
+
+    `scores` (C,) in [0, 1]: unit i is kept with probability scores[i]. They are trained by the policy gradient of
+    `utils/estimator.py`, never by backward, and live in one flat vector per network (`SparseNetwork.scores`).
+    """
+
+    scores: nn.Parameter
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, score_init: float) -> VRPGE:
+        """Turns `conv` into a VRPGE layer in place (same weight tensor, same name in its network).
+
+        Raises: ValueError for a subclass of `nn.Conv2d`, whose own forward would be lost.
+        """
+        if type(conv) not in (nn.Conv2d, PlainConv):
+            raise ValueError(f"cannot mask a {type(conv).__name__}: only plain nn.Conv2d layers can get scores")
+        conv.__class__ = cls
+        conv.scores = nn.Parameter(torch.full((conv.out_channels,), score_init), requires_grad=False)
+        return conv
+
+
+class SubnetBatchNorm(nn.BatchNorm2d):
+    """A batch-norm that knows which of its channels exist.
+
+    `live` (C,) bool, set from outside: other channels leave as exact zeros and keep their running statistics. None:
+    all live. `update_statistics` is off in passes of which only the loss is used.
+    """
+
+    live: Tensor | None = None
+    update_statistics: bool = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        elif not self.update_statistics:
+            y = F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        else:
+            mean, var = self.running_mean.clone(), self.running_var.clone()
+            y = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+            live = True if self.live is None else self.live
+            with torch.no_grad():
+                self.running_mean.copy_(mean.where(torch.as_tensor(live, device=mean.device), self.running_mean))
+                self.running_var.copy_(var.where(torch.as_tensor(live, device=var.device), self.running_var))
+        return y if self.live is None else y * self.live.view(-1, 1, 1)
+
+
+def sparsify(model: nn.Module, maskable: Iterable[str], score_init: float) -> nn.Module:
+    """Makes the named convolutions of a plain network maskable, and every batch-norm aware of live channels.
+
+    Args:
+        model: any network of `nn.Conv2d` and `nn.BatchNorm2d`; changed in place, weights untouched.
+        maskable: names of its `nn.Conv2d` modules that get scores.
+        score_init: start value of every score, in (0, 1].
+    Raises: ValueError where there is nothing to mask.
+    """
+    names = list(maskable)
+    if not names:
+        raise ValueError("no layer is left to mask; leave first_layer_dense / last_layer_dense off")
+    for name in names:
+        VRPGE.from_conv2d(model.get_submodule(name), score_init)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SubnetBatchNorm
+    return model
+
+
+def subnet_convs(model: nn.Module) -> dict[str, VRPGE]:
+    """The maskable layers by name, in the order that fixes the layout of the flat score vector."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, VRPGE)}
