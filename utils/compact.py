@@ -1,0 +1,216 @@
+"""Compact execution: the forward pass of a masked network, computed from its kept channels alone.
+
+The same numbers as the masked reference (`utils/conv_type.py`): a dropped channel is zero there and absent here, so
+no activation is ever gathered. Only weights are sliced, by the channels that arrive and the channels to produce.
+A tensor of which no channel exists is passed on as None. Parameters that took no part keep the zero gradient
+that they were given: momentum and weight decay move them exactly as they move masked ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.conv_type import conv2d
+from utils.graph import ChannelGraph, Op
+from utils.plan import Plan
+
+
+class _GatherWeight(torch.autograd.Function):
+    """weight[outputs][:, inputs], padded with zeros to a given size; the backward fills one full-size gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, outputs: Tensor | None, inputs: Tensor | None, num_rows: int, num_columns: int
+    ) -> Tensor:
+        ctx.save_for_backward(outputs, inputs)
+        ctx.like = weight
+        # Inputs vary fastest in memory (channels_last), so that is the order to gather and to write in.
+        memory = weight.movedim(1, -1)
+        if outputs is not None:
+            memory = memory.index_select(0, outputs)
+        if inputs is not None:
+            memory = memory.index_select(-1, inputs)
+        rows, columns = memory.shape[0], memory.shape[-1]
+        ctx.live = (rows, columns)
+        if (rows, columns) != (num_rows, num_columns):
+            padded = memory.new_zeros((num_rows, *memory.shape[1:-1], num_columns))
+            padded[:rows, ..., :columns] = memory
+            memory = padded
+        return memory.movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        outputs, inputs = ctx.saved_tensors
+        rows, columns = ctx.live
+        grad = grad[:rows, :columns]
+        full = torch.zeros_like(ctx.like)  # in the memory format of the weight: autograd takes it over as it is
+        if outputs is None and inputs is None:
+            full.copy_(grad)
+        elif outputs is None:
+            full.index_copy_(1, inputs, grad)
+        elif inputs is None:
+            full.index_copy_(0, outputs, grad)
+        else:
+            full[outputs.unsqueeze(1), inputs] = grad
+        return full, None, None, None, None
+
+
+def gather_weight(
+    weight: Tensor, outputs: Tensor | None, inputs: Tensor | None, num_rows: int, num_columns: int
+) -> Tensor:
+    """weight[outputs][:, inputs] (None: all of them), with zero rows and columns up to the given size."""
+    if outputs is None and inputs is None and weight.shape[:2] == (num_rows, num_columns):
+        return weight
+    return _GatherWeight.apply(weight, outputs, inputs, num_rows, num_columns)
+
+
+def gather_vector(vector: Tensor, live: Tensor | None, size: int, fill: float = 0.0) -> Tensor:
+    """vector[live] (None: all of it), filled up to the given size."""
+    if live is not None:
+        vector = vector.index_select(0, live)
+    return vector if len(vector) == size else F.pad(vector, (0, size - len(vector)), value=fill)
+
+
+def _zeros(images: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What a layer gives for these images when no channel of its input exists, in the dtype it would have."""
+    kind = images.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
+    return torch.zeros((len(images), *shape), dtype=dtype, device=images.device)
+
+
+class CompactForward:
+    """Runs a traced network on the channels of a plan.
+
+    Args:
+        graph: of the network; its modules hold the parameters that are read and trained.
+    """
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self.graph = graph
+        last_reader: dict[int, int] = {}
+        for position, op in enumerate(graph.ops):
+            for operand in op.inputs:
+                last_reader[operand] = position
+        self._free_after: list[list[int]] = [[] for _ in graph.ops]
+        for operand, reader in last_reader.items():
+            self._free_after[reader].append(operand)
+
+    def __call__(self, images: Tensor, plan: Plan, update_statistics: bool = True) -> Tensor:
+        """Logits of the network under a plan.
+
+        Args:
+            images: (B, C, H, W).
+            update_statistics: whether a training pass moves the running statistics of the kept channels.
+        """
+        results: list[Tensor | None] = []
+        for op, finished in zip(self.graph.ops, self._free_after, strict=True):
+            operands = [results[i] for i in op.inputs]
+            results.append(self._run(op, operands, images, plan, update_statistics))
+            for operand in finished:
+                results[operand] = None
+        return results[-1]
+
+    def _run(
+        self, op: Op, operands: list[Tensor | None], images: Tensor, plan: Plan, update_statistics: bool
+    ) -> Tensor | None:
+        if op.kind == "input":
+            return images
+        if op.kind == "output":
+            return operands[0]
+        if op.kind == "add":
+            return self._add(op, operands, plan)
+        if op.kind == "conv":
+            return self._conv(op, operands[0], images, plan)
+        if op.kind == "linear":
+            return self._linear(op, operands[0], images, plan)
+        if operands[0] is None:
+            return None
+        if op.kind == "norm":
+            return self._norm(op, operands[0], plan, update_statistics)
+        return self._pointwise(op, operands[0])
+
+    def _conv(self, op: Op, x: Tensor | None, images: Tensor, plan: Plan) -> Tensor | None:
+        conv: nn.Conv2d = op.module
+        outputs, num_outputs = plan.index[op.space], plan.widths[op.space]
+        if num_outputs == 0:
+            return None
+        bias = None if conv.bias is None else gather_vector(conv.bias, outputs, num_outputs)
+        if x is None:  # torch has no convolution of zero channels; it would be the bias alone
+            zeros = _zeros(images, (num_outputs, *op.shape[1:]))
+            return zeros if bias is None else zeros + bias.view(-1, 1, 1)
+        source = self.graph.ops[op.inputs[0]].space
+        weight = gather_weight(conv.weight, outputs, plan.index[source], num_outputs, plan.widths[source])
+        return conv2d(conv, x, weight, bias)
+
+    def _linear(self, op: Op, x: Tensor | None, images: Tensor, plan: Plan) -> Tensor:
+        linear: nn.Linear = op.module
+        if x is None:
+            zeros = _zeros(images, (linear.out_features,))
+            return zeros if linear.bias is None else zeros + linear.bias
+        source = self.graph.ops[op.inputs[0]].space
+        columns, per_channel = plan.index[source], self.graph.columns_per_channel(op)
+        if columns is not None and per_channel > 1:  # behind a flatten, a channel is a run of columns
+            offsets = torch.arange(per_channel, device=columns.device)
+            columns = (columns.unsqueeze(1) * per_channel + offsets).flatten()
+        weight = gather_weight(linear.weight, None, columns, linear.out_features, plan.widths[source] * per_channel)
+        return F.linear(x, weight, linear.bias)
+
+    def _norm(self, op: Op, x: Tensor, plan: Plan, update_statistics: bool) -> Tensor:
+        norm: nn.BatchNorm2d = op.module
+        live, width = plan.index[op.space], plan.widths[op.space]
+        # scale and shift of padding are 0: whatever the statistics say, it leaves as zero
+        weight, bias = (gather_vector(parameter, live, width) for parameter in (norm.weight, norm.bias))
+        if norm.training and not update_statistics:
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=norm.eps)
+        mean = gather_vector(norm.running_mean, live, width)
+        var = gather_vector(norm.running_var, live, width, fill=1.0)
+        if not norm.training:
+            return F.batch_norm(x, mean, var, weight, bias, eps=norm.eps)
+        if mean is norm.running_mean:  # autograd keeps what it is given, and a second pass would change it
+            mean, var = mean.clone(), var.clone()
+        y = F.batch_norm(x, mean, var, weight, bias, True, norm.momentum, norm.eps)
+        for own, moved in ((norm.running_mean, mean), (norm.running_var, var)):
+            if live is None:
+                own.copy_(moved)
+            else:
+                own.index_copy_(0, live, moved[: len(live)])
+        return y
+
+    def _pointwise(self, op: Op, x: Tensor) -> Tensor:
+        node = op.node
+        if op.module is not None:
+            return op.module(x)
+        rest = node.args[1:]
+        if node.op == "call_method":
+            return getattr(x, node.target)(*rest, **node.kwargs)
+        return node.target(x, *rest, **node.kwargs)
+
+    def _add(self, op: Op, operands: list[Tensor | None], plan: Plan) -> Tensor | None:
+        """Joins two sets of channels. Always a new tensor: what it feeds may be changed in place."""
+        spaces = [self.graph.ops[i].space for i in op.inputs]
+        present = [
+            (x, plan.counts[space], plan.positions.get((space, op.space)))
+            for x, space in zip(operands, spaces, strict=True)
+            if x is not None
+        ]
+        if not present:
+            return None
+        present.sort(key=lambda operand: operand[2] is not None)  # what is as wide as the result comes first
+        (first, _, positions), *others = present
+        if positions is None:
+            if not others:
+                return first.clone()
+            ((other, _, positions),) = others
+            if positions is None:
+                return first + other
+        else:
+            others = present
+            shape = (len(first), plan.widths[op.space], *first.shape[2:])
+            first = torch.zeros(shape, dtype=first.dtype, device=first.device)
+        for x, count, positions in others:
+            first = first.index_add(1, positions, x[:, :count])
+        return first

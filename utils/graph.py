@@ -1,0 +1,277 @@
+"""How channels flow through a network: traced once, then read by every draw of a mask.
+
+Each tensor of the forward pass has a *space*: the set of its channels that exist under a mask. A maskable convolution
+opens a space of its own units; batch-norm, activation and pooling hand a space on; an addition joins two spaces
+(a channel is live once any writer kept it); everything else is full. That is all that compact execution, the masked
+reference, the cost count and the layer guard need to know about a network.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from utils.conv_type import VRPGE, PlainConv, SubnetBatchNorm, SubnetConv, subnet_convs
+
+
+@dataclass(frozen=True)
+class Space:
+    """Channels of a tensor, as the units that can bring them to life.
+
+    Attributes:
+        width: number of channels of the full network.
+        writers: first unit of each maskable layer that writes into the tensor (its units are `first + channel`);
+            a channel is live if any writer kept it. Empty: every channel always exists.
+    """
+
+    width: int
+    writers: frozenset[int]
+
+    @property
+    def full(self) -> bool:
+        return not self.writers
+
+
+@dataclass(frozen=True)
+class Op:
+    """One node of the forward pass.
+
+    Attributes:
+        kind: "input", "conv", "norm", "pointwise" (any map of channels that takes 0 to 0), "add", "linear", "output".
+        node: its fx node (arguments, target).
+        module: the layer, where there is one.
+        inputs: the ops whose results it reads.
+        space: index into `ChannelGraph.spaces`.
+        shape: shape of the full result for one image, channels first.
+    """
+
+    kind: str
+    node: fx.Node
+    module: nn.Module | None
+    inputs: tuple[int, ...]
+    space: int
+    shape: tuple[int, ...]
+
+
+POINTWISE_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Identity)
+POOLING_MODULES = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
+POINTWISE_FUNCTIONS: set[Callable | str] = {
+    *(F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.hardswish, torch.relu, torch.tanh),
+    *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.flatten),
+    *("relu", "relu_", "tanh", "mean", "flatten", "contiguous"),
+}
+ADDITIONS: set[Callable | str] = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+
+def _unfollowed(what: str, reason: str) -> ValueError:
+    return ValueError(f"channels cannot be followed through {what}: {reason}")
+
+
+def _module_refusal(module: nn.Module) -> str | None:
+    """Why channels cannot be followed through a layer, whatever it reads; None if they can."""
+    if isinstance(module, nn.Conv2d):
+        if type(module) not in (nn.Conv2d, PlainConv, SubnetConv, VRPGE):
+            return "it is a convolution of its own kind"
+        if module.groups != 1:
+            return "it is a grouped convolution"
+        if module.padding_mode != "zeros":
+            return f"its padding_mode is {module.padding_mode!r}, only 'zeros' is known"
+    if isinstance(module, nn.BatchNorm2d):
+        if type(module) not in (nn.BatchNorm2d, SubnetBatchNorm):
+            return "it is a batch-norm of its own kind"
+        if not module.affine or not module.track_running_stats or module.momentum is None:
+            return "it needs scale and shift, running statistics and a momentum"
+    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
+        return "only flatten from dimension 1 to the last is known"
+    return None
+
+
+def _node_refusal(op: fx.Node, module: nn.Module | None) -> str | None:
+    """Why channels cannot be followed through a known operation, seeing what it reads; None if they can."""
+    shapes = [node.meta["shape"] for node in op.all_input_nodes]
+    if isinstance(module, nn.Linear) and len(shapes[0]) != 1:
+        return "it reads a map; flatten it first"
+    if op.target in ("flatten", torch.flatten) and (op.args[1:] not in ((1,), (1, -1)) or op.kwargs):
+        return "only flatten from dimension 1 to the last is known"
+    if op.target == "mean":
+        dims = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim")
+        spatial = isinstance(dims, tuple | list) and all(dim in (2, 3, -1, -2) for dim in dims)
+        if not spatial or len(shapes[0]) != 3:
+            return "only a mean over the pixels of a map, dim=(2, 3), is known"
+    if op.target in ADDITIONS:
+        if len(set(shapes)) != 1 or len(shapes[0]) != 3:
+            return f"it adds shapes {' and '.join(map(str, shapes))}, only maps of one shape are known"
+        if op.kwargs or len(op.args) != 2:
+            return "it adds with a factor"
+        if op.target in (operator.iadd, "add_") and len(op.args[0].users) > 1:
+            return "it changes a tensor in place that is read elsewhere too"
+    return None
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        leaf = isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
+        return leaf or super().is_leaf_module(module, qualified_name)
+
+
+class _ShapeRecorder(fx.Interpreter):
+    """Runs a graph on the meta device (shapes without data) and keeps the shape of every result."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        if not isinstance(result, torch.Tensor):
+            raise _unfollowed(node.name, "its result is not a tensor")
+        node.meta["shape"] = tuple(result.shape[1:])
+        return result
+
+
+class ChannelGraph:
+    """The traced network with a channel space for every tensor.
+
+    Args:
+        model: a network whose maskable convolutions are `VRPGE` modules; its forward takes one image tensor.
+        image_shape: (channels, height, width) of an image.
+    Raises: ValueError naming the module or operation through which channels cannot be followed.
+
+    Attributes:
+        ops: in the order of the forward pass.
+        spaces: all distinct spaces.
+        first_unit: of each maskable layer by name; unit i of the flat vector is channel i - first_unit.
+        num_units: U.
+        vital_groups: index arrays; if no unit of such a group is kept, nothing gets from input to output.
+    """
+
+    def __init__(self, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+        self.first_unit: dict[str, int] = {}
+        self.num_units = 0
+        for name, conv in subnet_convs(model).items():
+            self.first_unit[name] = self.num_units
+            self.num_units += conv.out_channels
+        self.spaces: list[Space] = []
+        self.ops: list[Op] = []
+        for name, module in model.named_modules():
+            if reason := _module_refusal(module):
+                raise _unfollowed(f"module {name} ({type(module).__name__})", reason)
+        graph = _Tracer().trace(model)
+        meta_model = copy.deepcopy(model).to("meta", torch.float32)
+        images = torch.empty((2, *image_shape), dtype=torch.float32, device="meta")
+        try:
+            _ShapeRecorder(fx.GraphModule(meta_model, graph)).run(images)
+        except RuntimeError as error:  # torch's own words for shapes that do not fit
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"the network cannot read images of shape {image_shape}: {reason}") from error
+        position: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            self.ops.append(self._follow(node, model, position))
+            position[node] = len(self.ops) - 1
+        if not self.spaces[self.ops[-1].space].full:
+            raise ValueError("the output of the network itself would be masked; leave its last layer unmasked")
+        self.vital_groups = self._find_vital_groups()
+
+    def _space(self, width: int, writers: frozenset[int] = frozenset()) -> int:
+        space = Space(width, writers)
+        if space not in self.spaces:
+            self.spaces.append(space)
+        return self.spaces.index(space)
+
+    def _follow(self, node: fx.Node, model: nn.Module, position: dict[fx.Node, int]) -> Op:
+        inputs = tuple(position[argument] for argument in node.all_input_nodes)
+        module = model.get_submodule(node.target) if node.op == "call_module" else None
+        kind, space = self._kind_and_space(node, module, inputs)
+        return Op(kind, node, module, inputs, space, node.meta["shape"])
+
+    def _kind_and_space(self, node: fx.Node, module: nn.Module | None, inputs: tuple[int, ...]) -> tuple[str, int]:
+        what = f"module {node.target} ({type(module).__name__})" if module is not None else f"{node.target}"
+        if node.op.startswith("call") and (reason := _node_refusal(node, module)):
+            raise _unfollowed(what, reason)
+        if node.op == "placeholder":
+            return "input", self._space(node.meta["shape"][0])
+        space = self.ops[inputs[0]].space if inputs else -1
+        if node.op == "output":
+            return "output", space
+        if isinstance(module, VRPGE):
+            return "conv", self._space(module.out_channels, frozenset({self.first_unit[str(node.target)]}))
+        if isinstance(module, nn.Conv2d):
+            return "conv", self._space(module.out_channels)
+        if isinstance(module, nn.BatchNorm2d):
+            return "norm", space
+        if isinstance(module, nn.Linear):
+            return "linear", self._space(module.out_features)
+        if isinstance(module, POINTWISE_MODULES + POOLING_MODULES):
+            return "pointwise", space
+        if module is None and node.target in POINTWISE_FUNCTIONS and len(inputs) == 1:
+            return "pointwise", space
+        if module is None and node.target in ADDITIONS and len(inputs) == 2:
+            one, other = (self.spaces[self.ops[i].space] for i in inputs)
+            writers = frozenset() if one.full or other.full else one.writers | other.writers
+            return "add", self._space(one.width, writers)
+        raise _unfollowed(what, "it is not a known layer or operation")
+
+    def _find_vital_groups(self) -> list[np.ndarray]:
+        """Sets of layers of which one must keep a unit: dropping all of them cuts every path to the output."""
+        groups: set[frozenset[int]] = set()
+        for op in self.ops:
+            if op.kind in ("conv", "linear", "norm"):
+                writers = self.spaces[self.ops[op.inputs[0]].space].writers
+                if writers and not self._has_path_without(writers):
+                    groups.add(writers)
+        smallest = [group for group in groups if not any(other < group for other in groups)]
+        widths = {next(iter(s.writers)): s.width for s in self.spaces if len(s.writers) == 1}
+        return [
+            np.concatenate([np.arange(first, first + widths[first]) for first in sorted(group)])
+            for group in sorted(smallest, key=sorted)
+        ]
+
+    def _has_path_without(self, dropped: frozenset[int]) -> bool:
+        reached: list[bool] = []
+        for op in self.ops:
+            alive = op.kind == "input" or any(reached[i] for i in op.inputs)
+            if isinstance(op.module, VRPGE):
+                alive = alive and not self.spaces[op.space].writers <= dropped
+            reached.append(alive)
+        return reached[-1]
+
+    def columns_per_channel(self, op: Op) -> int:
+        """How many columns of a linear layer read one channel: more than one behind a flatten of a map."""
+        return op.module.in_features // self.spaces[self.ops[op.inputs[0]].space].width
+
+    def layer_macs(self, live_counts: list[int]) -> dict[str, int]:
+        """Multiply-adds of one image per convolution and linear layer, for live channels per space."""
+        macs = {}
+        for op in self.ops:
+            if op.kind in ("conv", "linear"):
+                read = live_counts[self.ops[op.inputs[0]].space]
+                written = live_counts[op.space]
+                if op.kind == "conv":
+                    per_pair = prod(op.module.kernel_size) * prod(op.shape[1:])
+                else:
+                    per_pair = self.columns_per_channel(op)
+                name = str(op.node.target)
+                macs[name] = macs.get(name, 0) + read * written * per_pair  # a layer may run more than once
+        return macs
+
+    def layer_parameters(self, live_counts: list[int]) -> dict[str, int]:
+        """Weights, shifts and scales that belong to live channels, per layer."""
+        parameters = {}
+        for op in self.ops:
+            if op.kind not in ("conv", "linear", "norm"):
+                continue
+            read, written = live_counts[self.ops[op.inputs[0]].space], live_counts[op.space]
+            count = 2 * written if op.kind == "norm" else 0
+            if op.kind == "conv":
+                count = read * written * prod(op.module.kernel_size)
+            if op.kind == "linear":
+                count = read * written * self.columns_per_channel(op)
+            if op.kind != "norm" and op.module.bias is not None:
+                count += written
+            parameters[str(op.node.target)] = count
+        return parameters

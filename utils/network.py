@@ -1,0 +1,142 @@
+"""A network together with its scores, its channel graph and its way of execution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.compact import CompactForward
+from utils.conv_type import SubnetBatchNorm, SubnetConv, subnet_convs
+from utils.graph import ChannelGraph
+from utils.masks import keep_one_unit
+from utils.plan import Plan, make_plan, preferred_multiple
+
+
+class SparseNetwork:
+    """Runs a network under masks.
+
+    Args:
+        model: from `models.build_model`, already on its device; without `VRPGE` layers it simply runs dense.
+        image_shape: (channels, height, width).
+        execution: "compact" (kept channels only) or "masked" (all channels, multiplied by masks).
+        semantics: "unit" (a dropped unit is absent) or "released" (the mask multiplies the convolution weight only and
+            batch-norm shifts leak; masked execution only).
+        multiple: what kept channel counts are padded to in compact execution; None: what suits the device.
+
+    Attributes:
+        scores: (U,) flat parameter; the `scores` of each layer are views of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_shape: tuple[int, int, int],
+        execution: str = "compact",
+        semantics: str = "unit",
+        multiple: int | None = None,
+    ) -> None:
+        if semantics == "released" and execution != "masked":
+            raise ValueError("semantics 'released' cannot run compact, dropped channels are not zero there")
+        self.model = model
+        self.execution = execution
+        self.semantics = semantics
+        self.graph = ChannelGraph(model, image_shape)
+        self.layers = subnet_convs(model)
+        self.scores = self._flatten_scores()
+        self.device = next(model.parameters()).device
+        self.multiple = preferred_multiple(self.device) if multiple is None else multiple
+        self._compact = CompactForward(self.graph)
+        self.dense_plan = self.plan(np.ones(self.num_units, dtype=bool))
+        self.dense_macs = sum(self.graph.layer_macs(self.dense_plan.counts).values())
+        self.dense_parameters = sum(self.graph.layer_parameters(self.dense_plan.counts).values())
+
+    def _flatten_scores(self) -> nn.Parameter:
+        flat = [layer.scores.data for layer in self.layers.values()]
+        scores = nn.Parameter(torch.cat(flat) if flat else torch.empty(0), requires_grad=False)
+        for layer, part in zip(self.layers.values(), self.split(scores.data), strict=True):
+            layer.scores.data = part
+        return scores
+
+    @property
+    def num_units(self) -> int:
+        return self.graph.num_units
+
+    def split(self, vector_U: Tensor) -> tuple[Tensor, ...]:
+        """A flat vector of units as one view per layer, in the order of `layers`."""
+        return vector_U.split([layer.out_channels for layer in self.layers.values()])
+
+    def layer_slices(self) -> list[slice]:
+        """The units of each layer in a flat vector."""
+        firsts = self.graph.first_unit
+        return [slice(firsts[name], firsts[name] + layer.out_channels) for name, layer in self.layers.items()]
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained by backward: all parameters but the scores."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def plan(self, mask_U: np.ndarray) -> Plan:
+        """The channels of a pass under a drawn mask, the layer guard applied (see `keep_one_unit`).
+
+        Args:
+            mask_U: (U,) bool on the host.
+        """
+        if self.semantics == "unit":
+            mask_U = keep_one_unit(mask_U, self.scores, self.graph.vital_groups)
+        return make_plan(self.graph, mask_U, self.device, self.multiple)
+
+    def __call__(self, images: Tensor, plan: Plan, update_statistics: bool = True) -> Tensor:
+        """Logits (B, classes) under a plan; train or eval mode is the model's.
+
+        Args:
+            images: (B, C, H, W).
+            update_statistics: whether a pass in training mode moves the running statistics of live channels.
+        """
+        if self.num_units == 0:
+            return self.model(images)
+        if self.execution == "compact":
+            return self._compact(images, plan, update_statistics)
+        with self._masks_of(plan, update_statistics):
+            return self.model(images)
+
+    @contextmanager
+    def _masks_of(self, plan: Plan, update_statistics: bool) -> Iterator[None]:
+        """Sets the masks of all layers for one pass of the reference."""
+        for op in self.graph.ops:
+            if isinstance(op.module, SubnetConv | SubnetBatchNorm):
+                live = torch.from_numpy(plan.live[op.space]).to(self.device)
+                if isinstance(op.module, SubnetConv):
+                    op.module.mask = live
+                else:
+                    op.module.live = live if self.semantics == "unit" else None
+                    op.module.update_statistics = update_statistics
+        try:
+            yield
+        finally:
+            for op in self.graph.ops:
+                if isinstance(op.module, SubnetConv):
+                    op.module.mask = None
+                elif isinstance(op.module, SubnetBatchNorm):
+                    op.module.live = None
+                    op.module.update_statistics = True
+
+    def subnet_macs(self, plan: Plan) -> int:
+        """Multiply-adds of one image, one forward pass, of the network that a plan describes."""
+        return sum(self.graph.layer_macs(plan.counts).values())
+
+    def executed_macs(self, plan: Plan) -> int:
+        """Multiply-adds that a pass under the plan runs, padding apart: masked execution computes every channel."""
+        return self.dense_macs if self.execution == "masked" else self.subnet_macs(plan)
+
+    def padded_macs(self, plan: Plan) -> int:
+        """The same with the zero channels that compact tensors are padded with."""
+        return self.dense_macs if self.execution == "masked" else sum(self.graph.layer_macs(plan.widths).values())
+
+    def subnet_parameters(self, plan: Plan) -> int:
+        return sum(self.graph.layer_parameters(plan.counts).values())
+
+    def batch_norms(self) -> dict[str, nn.BatchNorm2d]:
+        return {name: m for name, m in self.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
