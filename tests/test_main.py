@@ -1,0 +1,293 @@
+"""The program from the outside: what it writes, what it says, how it stops and goes on."""
+
+import csv
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import trainers.recipe
+from main import main
+from utils.checkpoint import differences, load
+
+PROJECT = Path(__file__).parent.parent
+TINY = """
+set: ImageFolder
+arch: resnet20_he
+width_mult: 0.25
+keep_ratio: 0.5
+budget_schedule: cubic
+score_lr: 0.1
+epochs: 3
+batch_size: 16
+weight_lr: 0.05
+finetune_epochs: 2
+finetune_batch_size: 16
+num_subnets: 2
+bn_batches: 2
+holdout: 0.2
+workers: 0
+"""
+SUMMARY_KEYS = {
+    *("arch", "set", "keep_ratio", "test_top1", "test_top5", "flops_ratio", "train_flops_ratio", "params_kept"),
+    *("seconds", "seed", "execution", "semantics", "precision", "device"),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory) -> Path:
+    """Four classes of 8x8 images that differ in colour: 20 training and 5 test images each."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    colours = [(200, 60, 60), (60, 200, 60), (60, 60, 200), (160, 160, 60)]
+    for part, count in (("train", 20), ("test", 5)):
+        for label, colour in enumerate(colours):
+            folder = root / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = np.clip(random.normal(colour, 40, (8, 8, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    return root
+
+
+@pytest.fixture
+def program(tmp_path, tiny_images, monkeypatch):
+    """Runs `main` on the tiny images with the given options; returns its exit code."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options: str, name: str = "run") -> int:
+        return main(["--config", str(config), "--data", str(tiny_images), "--name", name, *options])
+
+    return run
+
+
+def folder_of(name: str = "run", kept: str = "0.5") -> Path:
+    return Path("runs/tiny") / name / f"prune_rate={kept}"
+
+
+def without_clocks(state: dict) -> dict:
+    return {key: value for key, value in state.items() if key not in ("clocks", "config")}
+
+
+def test_whole_recipe_writes_what_it_promises_and_evaluates_to_the_same_number(program, capsys):
+    assert program() == 0
+    said = capsys.readouterr().out
+    folder = folder_of()
+    for file in ("config.yaml", "command.txt", "env.json", "checkpoints/last.pt", "checkpoints/best.pt"):
+        assert (folder / file).exists(), file
+    assert list((folder / "logs").glob("events*"))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) >= SUMMARY_KEYS
+    assert summary["flops_ratio"] < 1
+    assert summary["units_kept"] <= 0.5
+    with open(folder / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert [row["phase"] for row in rows] == ["search"] * 3 + ["finetune"] * 2
+    assert f"{summary['test_top1']:.2f} % top-1" in said
+    assert "tensorboard --logdir runs" in said
+
+    assert program("--evaluate", "--resume", str(folder)) == 0
+    again = re.search(r"test top-1 ([\d.]+) %", capsys.readouterr().out)
+    assert float(again[1]) == pytest.approx(summary["test_top1"], abs=0.005)
+
+
+def test_training_learns_the_tiny_images(program):
+    assert program("--epochs", "20", "--budget-schedule", "constant") == 0
+    assert json.loads((folder_of() / "summary.json").read_text())["test_top1"] >= 75  # chance is 25
+
+
+def test_original_options_without_a_gpu_fall_back_to_the_cpu(program, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert program("--multigpu", "0", "--dry-run") == 0
+    assert "no CUDA GPU here, training on the CPU instead" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "number"), [(3, signal.SIGTERM), *((n, signal.SIGINT) for n in (0, 7, 11, 13, 19))]
+)
+def test_a_run_stopped_anywhere_and_resumed_ends_bit_equal(program, monkeypatch, capsys, stop_at, number):
+    assert program(name="whole") == 0
+
+    step, count = trainers.recipe.Recipe.step, iter(range(1000))
+
+    def interrupted_step(self, images, labels, settings):
+        if next(count) == stop_at:
+            os.kill(os.getpid(), number)
+        return step(self, images, labels, settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers.recipe.Recipe, "step", interrupted_step)
+        assert program(name="parts") == 128 + number
+    said = capsys.readouterr().out
+    assert "go on with: python main.py --resume runs/tiny/parts/prune_rate=0.5" in said
+    assert program("--resume", name="parts") == 0
+
+    for file in ("checkpoints/last.pt", "checkpoints/best.pt"):
+        whole, parts = (load(folder_of(name) / file) for name in ("whole", "parts"))
+        assert differences(without_clocks(whole), without_clocks(parts)) == []
+    rows = [(folder_of(name) / "results.csv").read_text().splitlines() for name in ("whole", "parts")]
+    assert len(rows[0]) == len(rows[1])
+    same_columns = slice(0, 20)  # the last columns are times
+    assert [r.split(",")[same_columns] for r in rows[0]] == [r.split(",")[same_columns] for r in rows[1]]
+
+
+def test_checkpoints_of_different_epochs_differ(program):
+    """The negative twin of the test above: equality there is not that of everything with everything."""
+    assert program("--save-every", "1") == 0
+    two, three = (load(folder_of() / "checkpoints" / f"epoch_{epoch}.pt") for epoch in (2, 3))
+    names = differences(without_clocks(two), without_clocks(three))
+    assert any(name.startswith("model.") for name in names)
+    assert any("generators" in name for name in names)
+
+
+def test_a_second_run_gets_a_folder_of_its_own(program):
+    assert program("--epochs", "1", "--no-finetune") == 0
+    before = (folder_of() / "summary.json").read_bytes()
+    assert program("--epochs", "1", "--no-finetune", "--seed", "1") == 0
+    assert (folder_of() / "1" / "summary.json").exists()
+    assert (folder_of() / "summary.json").read_bytes() == before
+
+
+def test_a_finished_run_is_not_resumed(program, capsys):
+    assert program("--epochs", "1", "--no-finetune") == 0
+    assert program("--epochs", "1", "--no-finetune", "--resume") == 2
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_resuming_with_another_option_is_refused(program, capsys):
+    assert program("--epochs", "1", "--no-finetune", "--keep-ratio", "0.5") == 0
+    assert program("--resume", str(folder_of()), "--keep-ratio", "0.25") == 2
+    assert "keep_ratio: stored 0.5, given 0.25" in capsys.readouterr().err
+
+
+def test_resuming_on_other_images_is_refused(program, capsys, tmp_path, tiny_images):
+    assert program("--epochs", "1", "--no-finetune") == 0
+    other = tmp_path / "other"
+    for part in ("train", "test"):
+        for folder in (tiny_images / part).iterdir():
+            (other / part / folder.name).mkdir(parents=True)
+            for image in sorted(folder.iterdir())[:18]:
+                (other / part / folder.name / image.name).write_bytes(image.read_bytes())
+    assert main(["--resume", str(folder_of()), "--data", str(other)]) == 2
+    assert "fingerprint" in capsys.readouterr().err
+
+
+def test_dense_training_runs_through_the_same_harness(program):
+    assert program("--conv-type", "DenseConv", "--epochs", "2") == 0
+    folder = folder_of(kept="1")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["flops_ratio"], summary["params_kept"], summary["execution"]) == (1, 1, "dense")
+    assert summary["train_flops_ratio"] == pytest.approx(1, abs=0.2)  # held-out images choose the epoch
+    assert not any(name.endswith("scores") for name in load(folder / "checkpoints/last.pt")["model"])
+
+
+def test_masked_and_compact_runs_are_the_same_run(program):
+    """In float32 the two add in different orders; after one epoch they still agree closely."""
+    for execution in ("compact", "masked"):
+        assert program("--epochs", "1", "--no-finetune", "--execution", execution, name=execution) == 0
+    compact, masked = (load(folder_of(name) / "checkpoints/last.pt") for name in ("compact", "masked"))
+    for name, value in compact["model"].items():
+        torch.testing.assert_close(value, masked["model"][name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("options", [("--K", "3"), ("--K", "3", "--weight-samples", "2"), ("--constrain-by-layer",)])
+def test_variants_of_the_search_train(program, options):
+    assert program("--epochs", "1", *options) == 0
+
+
+def test_released_semantics_train_and_evaluate(program, capsys):
+    options = ["--semantics", "released", "--execution", "masked", "--weight-samples", "2", "--clip-jointly"]
+    assert program("--epochs", "1", *options) == 0
+    top1 = json.loads((folder_of() / "summary.json").read_text())["test_top1"]
+    assert main(["--evaluate", "--resume", str(folder_of())]) == 0
+    assert f"test top-1 {top1:.2f} %" in capsys.readouterr().out
+
+
+def test_a_diverging_run_stops_with_3_and_keeps_the_last_good_checkpoint(program, capsys, monkeypatch):
+    step, count = trainers.recipe.Recipe.step, iter(range(1000))
+
+    def broken_step(self, images, labels, settings):
+        metrics = step(self, images, labels, settings)
+        return {**metrics, "loss": metrics["loss"] * float("nan")} if next(count) == 6 else metrics
+
+    monkeypatch.setattr(trainers.recipe.Recipe, "step", broken_step)
+    assert program() == 3
+    assert "training loss is nan after step 3 of epoch 2" in capsys.readouterr().out
+    assert load(folder_of() / "checkpoints/last.pt")["epoch"] == 1
+
+
+def test_dry_run_writes_nothing(program, tmp_path, capsys):
+    assert program("--dry-run") == 0
+    assert "one step of 16 images" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_print_config_can_be_trained_from(program, capsys, tmp_path):
+    assert program("--print-config") == 0
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(capsys.readouterr().out)
+    assert main(["--config", str(resolved), "--dry-run"]) == 0
+
+
+def test_pretrained_weights_start_a_run_and_misfits_are_named(program, capsys):
+    assert program("--conv-type", "DenseConv", "--epochs", "1") == 0
+    weights = str(folder_of(kept="1") / "checkpoints/best.pt")
+    assert program("--pretrained", weights, "--dry-run") == 0
+    assert program("--pretrained", weights, "--dry-run", "--width-mult", "0.5") == 2
+    assert "conv1.weight has shape (4, 3, 3, 3), the network (8, 3, 3, 3)" in capsys.readouterr().err
+    assert program("--pretrained", "nowhere.pt", "--dry-run") == 2
+    assert "--pretrained nowhere.pt: there is no such file" in capsys.readouterr().err
+
+
+def test_the_original_command_without_data_or_network_says_what_to_do(tmp_path, monkeypatch, capsys):
+    def refuse(*_args, **_kwargs):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    original = (
+        "--config configs/config.yaml --multigpu 0 --score-init-constant 0.5 --prune-rate 0.5 "
+        "--arch resnet32 --set CIFAR10 --lr 12e-3"
+    )
+    monkeypatch.chdir(PROJECT)
+    assert main([*original.split(), "--data", str(tmp_path / "none"), "--log-dir", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "none") in error
+    assert "cifar-10-python.tar.gz" in error
+    assert "configs/quickstart.yaml" in error
+
+
+def test_images_too_small_for_the_network_are_refused(program, capsys):
+    assert program("--arch", "vgg16", "--dry-run") == 2
+    assert "vgg16 does not fit images of 8x8 pixels" in capsys.readouterr().err
+
+
+def test_twenty_steps_as_a_subprocess(tmp_path):
+    command = [sys.executable, "main.py", "--config", "configs/quickstart.yaml", "--log-dir", str(tmp_path / "runs")]
+    command += ["--epochs", "1", "--batch-size", "450", "--width-mult", "0.0625", "--no-finetune"]
+    command += ["--num-subnets", "1", "--bn-batches", "1"]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert "trained vgg16 on FashionMNIST-mini: 1 epochs" in result.stdout
+    assert (tmp_path / "runs/quickstart/vgg16/prune_rate=0.5/summary.json").exists()
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2():
+    result = subprocess.run(
+        [sys.executable, "main.py", "--kep-ratio", "0.5"], cwd=PROJECT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2
+    assert "--keep-ratio" in result.stderr
+    assert "Traceback" not in result.stderr

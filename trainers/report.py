@@ -1,0 +1,243 @@
+"""What a run tells: progress, one row an epoch, TensorBoard, checkpoints, and the summary at the end."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from args import Config
+from data import DataSplits
+from trainers.default import StepSettings
+from trainers.state import RunState
+from utils import checkpoint
+from utils.board import Board
+from utils.progress import Progress, announce
+from utils.run_folder import append_row, truncate_rows, write_json
+from utils.subnet import Subnet
+
+TAGS = {  # column of results.csv -> curve in TensorBoard
+    "train_loss": "train/loss",
+    "train_top1": "train/top1",
+    "train_top5": "train/top5",
+    "heldout_loss": "heldout/loss",
+    "heldout_top1": "heldout/top1",
+    "heldout_top5": "heldout/top5",
+    "test_loss": "test/loss",
+    "test_top1": "test/top1",
+    "test_top5": "test/top5",
+    "budget": "sparsity/budget",
+    "keep_ratio_expected": "sparsity/keep_ratio_expected",
+    "keep_ratio_drawn": "sparsity/keep_ratio_drawn",
+    "v": "scores/v",
+    "max_score": "scores/max",
+    "score_entropy": "scores/entropy_bits",
+    "share_zero": "scores/share_exactly_0",
+    "share_one": "scores/share_exactly_1",
+    "loss_difference": "vrpge/loss_difference",
+    "forward_flops_ratio": "flops/forward_ratio",
+    "forward_flops_ratio_mean": "flops/forward_ratio_running_mean",
+    "subnet_flops_ratio": "flops/subnet_ratio",
+    "train_flops_ratio": "flops/train_ratio",
+    "weight_lr": "lr/weights",
+    "score_lr": "lr/scores",
+    "images_per_second": "perf/images_per_second",
+    "step_ms": "perf/step_ms",
+}
+SEARCH_ONLY = {
+    *("budget", "keep_ratio_expected", "keep_ratio_drawn", "v", "max_score", "score_entropy"),
+    *("share_zero", "share_one", "loss_difference", "score_lr"),
+}
+PAGES = {
+    "Accuracy": {
+        "top-1": ["train/top1", "heldout/top1", "test/top1"],
+        "loss": ["train/loss", "heldout/loss", "test/loss"],
+    },
+    "Sparsity": {
+        "kept units": ["sparsity/budget", "sparsity/keep_ratio_expected", "sparsity/keep_ratio_drawn"],
+        "FLOPs": ["flops/forward_ratio", "flops/forward_ratio_running_mean", "flops/subnet_ratio"],
+        "decided scores": ["scores/share_exactly_0", "scores/share_exactly_1", "scores/entropy_bits"],
+    },
+    "Speed": {"images/s": ["perf/images_per_second"], "step": ["perf/step_ms"]},
+}
+
+
+class Reporter:
+    """Writes into a run folder; the training loop tells it what happened.
+
+    Args:
+        folder: of the run, with `logs/` and `checkpoints/`.
+        first_epoch: finished epochs at the start: what an interrupted run reported beyond them is dropped.
+    """
+
+    def __init__(self, folder: Path, config: Config, data: DataSplits, first_epoch: int = 0) -> None:
+        self.folder, self.config, self.data = folder, config, data
+        self.save_failed = False
+        self.table = folder / "results.csv"
+        truncate_rows(self.table, first_epoch + 1)
+        self.board = Board(folder / "logs", purge_step=first_epoch + 1 if first_epoch else None)
+        self.board.layout(PAGES)
+
+    def progress(self, run: RunState, steps: int) -> Progress:
+        total = self.config.train.epochs
+        if self.config.finetune.finetune and run.phase != "dense":
+            total += self.config.finetune.finetune_epochs
+        description = f"{run.phase} epoch {run.epoch + 1}/{total}"
+        return Progress(steps, description, run.step, every_steps=self.config.run.print_freq)
+
+    def epoch_end(
+        self,
+        run: RunState,
+        subnet: Subnet,
+        settings: StepSettings,
+        heldout: dict[str, float],
+        test: dict[str, float],
+    ) -> None:
+        """One row of results.csv, the same numbers as curves, and the scores as histograms and as a picture."""
+        network, means = run.network, run.sums.means()
+        plan = network.plan(subnet.mask_U)
+        seconds = max(run.epoch_seconds, 1e-9)
+        values = {
+            "train_loss": means["loss"],
+            "train_top1": 100 * means["top1"],
+            "train_top5": 100 * means["top5"],
+            **{f"heldout_{name}": value for name, value in heldout.items()},
+            **{f"test_{name}": value for name, value in test.items()},
+            "forward_flops_ratio": run.epoch_cost.mean_forward_ratio,
+            "forward_flops_ratio_mean": run.ledger.mean_forward_ratio,
+            "subnet_flops_ratio": network.subnet_macs(plan) / network.dense_macs,
+            "train_flops_ratio": run.ledger.train_flops_ratio,
+            "weight_lr": settings.weight_lr,
+            "images_per_second": run.sums.count / seconds,
+            "step_ms": 1000 * seconds * self._batch_size(run) / run.sums.count,
+        }
+        if run.search is not None:
+            values |= score_facts(network.scores)
+            values |= {
+                "budget": settings.kept_fraction,
+                "keep_ratio_drawn": float(run.search.draw.masks_KU[0].double().mean()),
+                "score_lr": settings.score_lr,
+                "v": means["v"],
+                "loss_difference": means["loss_difference"],
+            }
+            scores = {name: layer.scores for name, layer in network.layers.items()}
+            self.board.score_histograms(run.epoch, scores)
+            self.board.score_map(run.epoch, scores)
+        self.board.scalars(run.epoch, {TAGS[name]: value for name, value in values.items()})
+        self.board.flush()
+        row = {"epoch": run.epoch, "phase": run.phase, **{name: values.get(name, "") for name in TAGS}}
+        append_row(self.table, {**row, "epoch_seconds": run.epoch_seconds})
+        heldout_text = f"held-out {heldout['top1']:.2f} %, " if heldout else ""
+        announce(
+            f"{run.phase} epoch {run.epoch}: train loss {values['train_loss']:.3f}, {heldout_text}"
+            f"test {test['top1']:.2f} % with {100 * values['subnet_flops_ratio']:.1f} % of the dense FLOPs, "
+            f"{values['step_ms']:.0f} ms a step"
+        )
+
+    def _batch_size(self, run: RunState) -> int:
+        finetuning = run.phase == "finetune"
+        return self.config.finetune.finetune_batch_size if finetuning else self.config.train.batch_size
+
+    def choice(self, run: RunState, num_candidates: int) -> None:
+        kept = int(run.best.subnet.mask_U.sum())
+        which = "the top-scored one" if run.choice["chosen_candidate"] == 0 else "a drawn one"
+        judged = "training" if self.config.finetune.sample_from_training_set else "held-out"
+        announce(
+            f"chose {which} of {num_candidates} subnets by {judged} images: {kept} of {run.network.num_units} "
+            f"units, test {run.best.test['top1']:.2f} %"
+        )
+
+    def save(self, run: RunState, best: bool = False, epoch_end: bool = False) -> None:
+        """Writes last.pt, with `best` also best.pt, at the end of every `save_every`-th epoch a numbered one too.
+
+        A disk that refuses is reported and the run goes on.
+        """
+        folder, fingerprint = self.folder / "checkpoints", self.data.fingerprint
+        state = run.state_dict(self.config, fingerprint)
+        files = {folder / "last.pt": state}
+        if best:
+            files[folder / "best.pt"] = {
+                **run.model_state(self.config, fingerprint),
+                "subnet": run.best.subnet.state_dict(),
+                "heldout": run.best.heldout,
+                "test": run.best.test,
+            }
+        every = self.config.run.save_every
+        if epoch_end and every and run.epoch % every == 0:
+            files[folder / f"epoch_{run.epoch}.pt"] = state
+        self.save_failed = False
+        for path, content in files.items():
+            try:
+                checkpoint.save(path, content)
+            except checkpoint.CheckpointError as error:
+                self.save_failed = True
+                announce(f"warning: {error}; training goes on without it")
+
+    def finish(self, run: RunState) -> dict[str, Any]:
+        """summary.json, the hyper-parameters in TensorBoard, and the last lines for the terminal."""
+        summary = summarise(run, self.config, self.data, self.folder)
+        write_json(self.folder / "summary.json", summary)
+        lines = [f"    {name}: {value}" for name, value in summary.items()]
+        self.board.text("summary", "\n".join(lines), run.epoch)
+        self.board.close()
+        return summary
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def score_facts(scores_U: Tensor) -> dict[str, float]:
+    """How decided the scores are; entropy is the mean per unit, in bits."""
+    s = scores_U.detach().double()
+    entropy = torch.special.entr(s) + torch.special.entr(1 - s)
+    return {
+        "keep_ratio_expected": float(s.mean()),
+        "max_score": float(s.max()),
+        "score_entropy": float(entropy.mean()) / math.log(2),
+        "share_zero": float((s == 0).double().mean()),
+        "share_one": float((s == 1).double().mean()),
+    }
+
+
+def summarise(run: RunState, config: Config, data: DataSplits, folder: Path) -> dict[str, Any]:
+    """The result of a finished run: of the subnet that held-out images chose."""
+    network, best = run.network, run.best
+    plan = network.plan(best.subnet.mask_U)
+    dense = network.num_units == 0
+    return {
+        "arch": config.model.arch,
+        "width_mult": config.model.width_mult,
+        "set": config.data.set,
+        "conv_type": config.model.conv_type,
+        "keep_ratio": 1.0 if dense else config.sparsity.keep_ratio,
+        "test_top1": best.test["top1"],
+        "test_top5": best.test["top5"],
+        "test_loss": best.test["loss"],
+        "heldout_top1": best.heldout.get("top1"),
+        "flops_ratio": network.subnet_macs(plan) / network.dense_macs,
+        "train_flops_ratio": run.ledger.train_flops_ratio,
+        "train_flops_ratio_padded": run.ledger.padded_train_flops_ratio,
+        "params_kept": network.subnet_parameters(plan) / network.dense_parameters,
+        "units_kept": None if dense else float(best.subnet.mask_U.mean()),
+        "train_seconds": run.train_seconds,
+        "seconds": run.train_seconds + run.seconds,
+        "epochs": run.epoch,
+        "best_epoch": best.epoch,
+        "seed": config.run.seed,
+        "execution": "dense" if dense else config.sparsity.execution,
+        "semantics": "dense" if dense else config.sparsity.semantics,
+        "precision": config.train.precision,
+        "device": device_name(network.device),
+        "choice": {name: None if math.isnan(value) else value for name, value in run.choice.items()},
+        "data_fingerprint": data.fingerprint,
+        "run": str(folder),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    return f"cpu, {torch.get_num_threads()} threads"

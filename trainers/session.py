@@ -1,0 +1,241 @@
+"""One start of the program: finds device, data and run folder, runs the recipe, says what came out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from args import Arguments, Config, check_resume, config_from_dict, config_to_yaml
+from data import DataSplits, build_data
+from trainers.recipe import Diverged, Recipe, Stopped
+from trainers.report import Reporter, device_name
+from trainers.state import RunState, new_run
+from utils import checkpoint
+from utils.errors import UserError
+from utils.progress import announce
+from utils.run_folder import (
+    create_run_folder,
+    environment_facts,
+    latest_run_folder,
+    lock,
+    resolve_run,
+    write_facts,
+)
+from utils.signals import StopRequest
+from utils.subnet import Subnet
+
+DIVERGED = 3  # exit code
+
+
+def start(arguments: Arguments, command: Sequence[str]) -> int:
+    """Does what the arguments ask for; see `main.main` for the exit codes."""
+    if arguments.config.run.resume is not None:
+        return _resume(arguments, command)
+    config = arguments.config
+    device = find_device(config)
+    data = load_data(config, device)
+    run = new_run(config, data, device)
+    describe(config, data, run)
+    if config.run.dry_run:
+        return _dry_run(config, data, run)
+    stem = Path(config.run.config).stem if config.run.config else "no_config"
+    folder = create_run_folder(config.run.log_dir, stem, run_name(config), _kept(config))
+    return _train(config, arguments, command, data, run, folder)
+
+
+def _resume(arguments: Arguments, command: Sequence[str]) -> int:
+    given = arguments.config
+    if given.run.resume == "auto":
+        stem = Path(given.run.config).stem if given.run.config else "no_config"
+        where = latest_run_folder(given.run.log_dir, stem, run_name(given), _kept(given))
+        folder, file = resolve_run(where)
+    else:
+        folder, file = resolve_run(given.run.resume)
+    if given.run.evaluate and file.name == "last.pt" and (folder / "checkpoints" / "best.pt").exists():
+        file = file.with_name("best.pt")  # what the summary reports
+    state = checkpoint.load(file)
+    if "config" not in state:
+        raise UserError(f"{file} is not a checkpoint of a run; pass a run folder or its checkpoints/last.pt")
+    config = check_resume(config_from_dict(state["config"], str(file)), arguments)
+    if config.run.print_config:
+        print(config_to_yaml(config), end="")
+        return 0
+    device = find_device(config)
+    data = load_data(config, device)
+    if data.fingerprint != state["fingerprint"]:
+        raise UserError(
+            f"the images under --data {config.data.data} are not those that {file} was trained on (fingerprint "
+            f"{data.fingerprint} instead of {state['fingerprint']}); point --data at the same files"
+        )
+    run = new_run(config, data, device)
+    if config.run.evaluate:
+        return _evaluate(config, data, run, state, file)
+    if "weight_optimizer" not in state:
+        raise UserError(f"{file} holds what evaluation needs, not a whole run; resume from last.pt beside it")
+    run.load_state_dict(state, config)
+    describe(config, data, run)
+    if config.run.dry_run:
+        return _dry_run(config, data, run)
+    if run.phase == "done":
+        raise UserError(f"the run in {folder} is finished; --evaluate --resume {folder} prints its result")
+    announce(f"going on from {file}: {run.phase}, {run.epoch} epochs and {run.step} steps done")
+    return _train(config, arguments, command, data, run, folder)
+
+
+def _train(
+    config: Config,
+    arguments: Arguments,
+    command: Sequence[str],
+    data: DataSplits,
+    run: RunState,
+    folder: Path,
+) -> int:
+    announce(f"run folder: {folder}")
+    with lock(folder), StopRequest() as stop:
+        origin = None if config.run.resume else arguments.origin
+        facts = environment_facts(run.network.device)
+        write_facts(folder, config_yaml=config_to_yaml(config, origin), command=["python", *command], environment=facts)
+        reporter = Reporter(folder, config, data, run.epoch)
+        try:
+            Recipe(config, data, run, reporter, stop).execute()
+        except Stopped:
+            reporter.save(run)
+            how = f"python main.py --resume {shlex.quote(str(folder))}"
+            announce(f"stopped after step {run.step} of epoch {run.epoch + 1}, saved; go on with: {how}")
+            return stop.exit_code
+        except Diverged as error:
+            announce(f"error: {error}")
+            return DIVERGED
+        else:
+            print_result(reporter.finish(run), config)
+            return 1 if reporter.save_failed else 0
+        finally:
+            reporter.close()
+
+
+def _evaluate(config: Config, data: DataSplits, run: RunState, state: dict[str, Any], file: Path) -> int:
+    """Test accuracy of a checkpoint's subnet. A checkpoint from the middle of the search has none yet: then that of
+    its highest scores, with batch-norm statistics from training images."""
+    network = run.network
+    network.model.load_state_dict(state["model"])
+    recipe = Recipe(config, data, run, reporter=None, stop=None)
+    run.phase = state["phase"]
+    if state.get("subnet") is not None and "weight_optimizer" not in state:
+        subnet = Subnet.from_state_dict(state["subnet"], network.device)
+    else:
+        run.load_state_dict(state, config)
+        subnet = recipe.current_subnet(config.sparsity.keep_ratio)
+    test = recipe.evaluate_on(subnet, data.test)
+    plan = network.plan(subnet.mask_U)
+    print(
+        f"{file}: test top-1 {test['top1']:.2f} %, top-5 {test['top5']:.2f} %, loss {test['loss']:.4f}, "
+        f"{100 * network.subnet_macs(plan) / network.dense_macs:.1f} % of the dense FLOPs"
+    )
+    return 0
+
+
+def _dry_run(config: Config, data: DataSplits, run: RunState) -> int:
+    """One training step and one batch of evaluation; writes nothing."""
+    recipe = Recipe(replace(config, finetune=replace(config.finetune, bn_batches=1)), data, run, None, None)
+    steps = data.train.num_train_batches(recipe.batch_size)
+    images, labels = next(data.train.train_batches(recipe.batch_size, config.run.seed, run.epoch))
+    metrics = recipe.step(images, labels, recipe.settings(run.step, steps))
+    subnet = recipe.current_subnet(config.sparsity.keep_ratio)
+    first = data.test.subset(torch.arange(min(len(data.test), config.train.batch_size)))
+    recipe.evaluate_on(subnet, first)
+    loss = float(metrics["loss"]) / len(labels)
+    print(f"dry run: one step of {len(labels)} images, loss {loss:.3f}; everything was built, nothing written")
+    return 0
+
+
+def find_device(config: Config) -> torch.device:
+    """The device to train on. `multigpu` without a GPU falls back to the CPU and says so.
+
+    Raises: UserError for a GPU that is not there.
+    """
+    wanted, count = config.run.device, torch.cuda.device_count()
+    if config.run.multigpu is not None:
+        if count == 0:
+            announce(f"--multigpu {config.run.multigpu}: no CUDA GPU here, training on the CPU instead")
+            return torch.device("cpu")
+        wanted = f"cuda:{config.run.multigpu}"
+    if wanted == "auto":
+        wanted = "cuda:0" if count else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    device = torch.device(wanted if ":" in wanted else "cuda:0")
+    if device.index >= count:
+        there = f"this machine has {count}: cuda:0 to cuda:{count - 1}" if count else "this machine has no CUDA GPU"
+        raise UserError(f"device {device} does not exist, {there}; pass --device cpu or another id")
+    return device
+
+
+def load_data(config: Config, device: torch.device) -> DataSplits:
+    """The images, in the memory layout that is fast for convolutions."""
+    settings = config.data
+    data = build_data(
+        settings.set,
+        settings.data,
+        holdout=settings.holdout,
+        image_size=settings.image_size,
+        workers=settings.workers,
+        device=device,
+    )
+    for part in (data.train, data.holdout, data.test):
+        part.channels_last = True
+    for what, size in (("batch_size", config.train.batch_size), ("finetune_batch_size", _finetune_batch(config))):
+        if size > len(data.train):
+            raise UserError(f"{what} is {size}, but there are only {len(data.train)} training images; lower it")
+    return data
+
+
+def _finetune_batch(config: Config) -> int:
+    return config.finetune.finetune_batch_size if config.finetune.finetune else 0
+
+
+def _kept(config: Config) -> float:
+    """The fraction that names the run folder."""
+    return config.sparsity.keep_ratio if config.model.conv_type == "VRPGE" else 1.0
+
+
+def run_name(config: Config) -> str:
+    return config.run.name or config.model.arch
+
+
+def describe(config: Config, data: DataSplits, run: RunState) -> None:
+    """The first lines of a run: what is trained, on what, where."""
+    network = run.network
+    announce(f"device: {device_name(network.device)}, {config.train.precision}")
+    announce(
+        f"data: {config.data.set}, {len(data.train):,} training, {len(data.holdout):,} held-out and "
+        f"{len(data.test):,} test images, {data.num_classes} classes, {data.image_size}x{data.image_size}"
+    )
+    size = f"{network.dense_parameters / 1e6:.2f} M parameters, {network.dense_macs / 1e6:.1f} M multiply-adds"
+    announce(f"network: {config.model.arch}, dense {size}")
+    if network.num_units:
+        kept = config.sparsity.keep_ratio
+        announce(
+            f"keeping {100 * kept:g} % of {network.num_units:,} units in {len(network.layers)} layers "
+            f"(at most {kept * network.num_units:,.0f} expected); {config.sparsity.execution} execution"
+        )
+
+
+def print_result(summary: dict[str, Any], config: Config) -> None:
+    """The last lines of a run."""
+    kept = "" if summary["units_kept"] is None else f", {100 * summary['units_kept']:.1f} % of its units kept"
+    print(
+        f"\ntrained {summary['arch']} on {summary['set']}: {summary['epochs']} epochs in "
+        f"{summary['seconds']:.0f} s ({summary['train_seconds']:.0f} s of training steps){kept}\n"
+        f"test accuracy      {summary['test_top1']:.2f} % top-1, {summary['test_top5']:.2f} % top-5\n"
+        f"inference FLOPs    {100 * summary['flops_ratio']:.1f} % of dense, "
+        f"parameters {100 * summary['params_kept']:.1f} %\n"
+        f"training FLOPs     {100 * summary['train_flops_ratio']:.1f} % of dense training for as many epochs\n"
+        f"run folder         {summary['run']}\n"
+        f"curves             tensorboard --logdir {shlex.quote(config.run.log_dir)} --host 127.0.0.1\n"
+        f"same number again  python main.py --evaluate --resume {shlex.quote(summary['run'])}"
+    )
