@@ -23,7 +23,7 @@ from utils.config_parser import (
 from utils.errors import UserError
 
 SETS = ("CIFAR10", "CIFAR100", "FashionMNIST", "FashionMNIST-mini", "ImageFolder")
-ARCHS = ("resnet20", "resnet32", "resnet20_he", "resnet32_he", "resnet56_he", "vgg16")
+ARCHS = ("resnet20", "resnet32", "resnet20_he", "resnet32_he", "resnet56_he", "vgg16", "wrn28_10")
 INITS = ("kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal")
 NOT_A_PERCENTAGE = "it is a fraction, not a percentage"
 
@@ -145,6 +145,24 @@ class SparsityConfig:
         "compact",
         "compact: compute kept channels only; masked: compute all, multiply by masks",
         choices=("compact", "masked"),
+    )
+    stream: str = option(
+        "free",
+        "free: all layers that add into a residual stream draw their own masks; tied: they share one",
+        choices=("free", "tied"),
+    )
+    retire: str = option(
+        "on",
+        "on: units whose scores provably stay 0 leave parameters and optimizer (compact execution); off: they stay",
+        choices=("on", "off"),
+    )
+    score_every: int = option(
+        1, "update the scores every this many steps; the other steps run one forward pass", within="[1, inf)"
+    )
+    subbatch: int = option(
+        0,
+        "this many extra masks, each on its part of the batch, instead of the second mask on all of it; 0: off",
+        within="[0, 64]",
     )
     budget_schedule: str = option(
         "constant",
@@ -345,6 +363,15 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
     sparsity, run = config.sparsity, config.run
     if sparsity.weight_samples > sparsity.K:
         raise UserError(f"{told('weight_samples')} is more than {told('K')}: only K masks are drawn; pass at most K")
+    if sparsity.subbatch and (sparsity.K, sparsity.weight_samples) != (2, 1):
+        raise UserError(
+            f"{told('subbatch')} needs K 2 and weight_samples 1, got {told('K')} and {told('weight_samples')}: "
+            "its extra masks take the place of the second one"
+        )
+    if sparsity.subbatch > config.train.batch_size // 2:
+        raise UserError(
+            f"{told('subbatch')} leaves parts of less than two images of {told('batch_size')}; pass fewer masks"
+        )
     if sparsity.budget_start >= sparsity.budget_end:
         raise UserError(f"{told('budget_start')} must be below {told('budget_end')}: the budget falls between them")
     if sparsity.semantics == "released" and sparsity.execution != "masked":
@@ -377,6 +404,11 @@ def check_effect(config: Config, flags: Collection[str]) -> None:
     """Refuse keys on the command line (`flags`) that this config never reads."""
     conv_type, init, data_set = config.model.conv_type, config.model.init, config.data.set
     rules = [
+        (
+            config.sparsity.execution == "masked",
+            {"retire"},
+            "execution is masked, where all parameters stay; pass --execution compact",
+        ),
         (
             conv_type == "DenseConv",
             MASKING_KEYS,

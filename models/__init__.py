@@ -11,6 +11,7 @@ from torch import nn
 
 from models.resnet_cifar import ResNetCifar
 from models.vgg import POOL, VGG, VGG16
+from models.wrn import WideResNet
 from utils.conv_type import sparsify
 from utils.errors import UserError
 
@@ -31,6 +32,12 @@ def _vgg(width_mult: float, num_classes: int, in_channels: int, *, plan: tuple[i
     return VGG(scaled, num_classes, in_channels)
 
 
+def _wide_resnet(width_mult: float, num_classes: int, in_channels: int, *, depth: int, widen: int) -> nn.Module:
+    widths = (16, 16 * widen, 32 * widen, 64 * widen)
+    blocks_per_stage = (depth - 4) // 6
+    return WideResNet(blocks_per_stage, tuple(_scaled(w, width_mult) for w in widths), num_classes, in_channels)
+
+
 RELEASED_WIDTHS, HE_WIDTHS = (32, 64, 128), (16, 32, 64)
 MODELS: dict[str, Builder] = {
     "resnet20": partial(_resnet, depth=20, widths=RELEASED_WIDTHS),
@@ -39,6 +46,7 @@ MODELS: dict[str, Builder] = {
     "resnet32_he": partial(_resnet, depth=32, widths=HE_WIDTHS),
     "resnet56_he": partial(_resnet, depth=56, widths=HE_WIDTHS),
     "vgg16": partial(_vgg, plan=VGG16),
+    "wrn28_10": partial(_wide_resnet, depth=28, widen=10),
 }
 
 

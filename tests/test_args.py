@@ -299,7 +299,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
         ("--epochs " + "9" * 5000, "999... (command line)"),
         (
             "--arch resnet33",
-            "arch must be one of resnet20, resnet32, resnet20_he, resnet32_he, resnet56_he, vgg16, "
+            "arch must be one of resnet20, resnet32, resnet20_he, resnet32_he, resnet56_he, vgg16, wrn28_10, "
             "got 'resnet33' (command line); did you mean 'resnet32'?",
         ),
         ("--set cifar10", "got 'cifar10' (command line); did you mean 'CIFAR10'?"),

@@ -84,6 +84,7 @@ MASKS = {
     },
 }
 CASES = [(kind, case) for kind, cases in MASKS.items() for case in cases]
+PADDING = (1, 4, 5, 16)  # multiples to which channel counts are padded: none, some, across the width, always in full
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 SETTINGS = StepSettings(weight_lr=0.1)
 
@@ -148,12 +149,15 @@ def assert_same(one: Outcome, other: Outcome, rtol: float, atol: float) -> None:
 def test_both_executions_are_the_hand_written_reference(kind, case):
     net, layers = plain_net(kind), NETWORKS[kind].LAYERS
     mask_U = flat_mask(layers, MASKS[kind][case], seed=5)
-    networks = [sparse_network(net, layers, execution) for execution in ("masked", "compact")]
-    assert np.array_equal(networks[0].plan(mask_U).mask_U, mask_U)  # the guard has nothing to add here
+    masked, compact = (sparse_network(net, layers, execution) for execution in ("masked", "compact"))
+    assert np.array_equal(masked.plan(mask_U).mask_U, mask_U)  # the guard has nothing to add here
+    before = copy.deepcopy(compact.model.state_dict())
     for training in (False, True):
         expected = run_reference(kind, copy.deepcopy(net), mask_U, training)
-        for network in networks:
+        for network, multiple in ((masked, 1), *((compact, multiple) for multiple in PADDING)):
+            network.multiple = multiple
             network.model.zero_grad()
+            network.model.load_state_dict(before)
             assert_same(run_network(network, mask_U, training), expected, **EXACT)
 
 
@@ -165,6 +169,7 @@ def test_any_mask_that_the_guard_lets_through(kind, data):
     net = plain_net(kind)
     compact, masked = (sparse_network(net, layers, execution) for execution in ("compact", "masked"))
     mask_U = compact.plan(np.array(bits)).mask_U
+    compact.multiple = data.draw(st.sampled_from(PADDING))
     expected = run_reference(kind, copy.deepcopy(net), mask_U, True)
     assert_same(run_network(masked, np.array(bits), True), expected, **EXACT)
     assert_same(run_network(compact, np.array(bits), True), expected, **EXACT)
@@ -212,11 +217,43 @@ def test_channels_that_are_not_live_are_zero_behind_a_norm_on_a_stream(execution
 def test_gradients_of_dropped_units_are_exact_zeros(kind):
     layers = NETWORKS[kind].LAYERS
     mask_U = flat_mask(layers, {}, seed=3)
-    for execution in ("compact", "masked"):
-        gradients = run_network(sparse_network(plain_net(kind), layers, execution), mask_U, True).gradients
+    for execution, multiple in (("compact", 1), ("compact", 4), ("masked", 1)):
+        network = sparse_network(plain_net(kind), layers, execution, multiple=multiple)
+        gradients = run_network(network, mask_U, True).gradients
         for name, mask in by_layer(layers, mask_U, torch.float64).items():
             assert gradients[f"{name}.weight"][~mask.bool()].count_nonzero() == 0
             assert gradients[f"{name}.weight"][mask.bool()].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("multiple", PADDING)
+def test_compact_tensors_have_the_width_that_the_plan_says(multiple):
+    layers = NETWORKS["released"].LAYERS
+    network = sparse_network(plain_net("released"), layers, multiple=multiple)
+    mask_U = flat_mask(layers, MASKS["released"]["first conv beside a projection empty"], seed=5)
+    plan = network.plan(mask_U)
+    for space, live, count, width in zip(network.graph.spaces, plan.live, plan.counts, plan.widths, strict=True):
+        assert count == live.sum()
+        assert width == (space.width if space.full else min(-(-count // multiple) * multiple, space.width))
+    seen = {}
+    original = torch.nn.functional.conv2d
+
+    def spy(x, weight, *args, **kwargs):
+        seen[len(seen)] = (x.shape[1], *weight.shape[:2])
+        return original(x, weight, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "conv2d", spy)
+        network(batch()[0], plan, update_statistics=False)
+    convs = [op for op in network.graph.ops if op.kind == "conv" and plan.counts[op.space]]
+    reads = [plan.widths[network.graph.ops[op.inputs[0]].space] for op in convs]
+    expected = [(r, plan.widths[op.space], r) for op, r in zip(convs, reads, strict=True) if r]
+    assert list(seen.values()) == expected
+
+
+def test_the_padding_of_this_machine_is_a_small_power_of_two():
+    net = plain_net("released", dtype=torch.float32)
+    model = sparse_network(net, NETWORKS["released"].LAYERS).model
+    assert SparseNetwork(model, IMAGE_SHAPE).multiple in (4, 8, 16)
 
 
 def optimizer_step(network: SparseNetwork, mask_U: np.ndarray, training: bool) -> dict[str, Tensor]:
@@ -244,8 +281,10 @@ def optimizer_step(network: SparseNetwork, mask_U: np.ndarray, training: bool) -
 def test_one_optimizer_step_with_momentum_and_decay(kind, case, training):
     net, layers = plain_net(kind), NETWORKS[kind].LAYERS
     mask_U = flat_mask(layers, MASKS[kind][case], seed=8)
-    after = {e: optimizer_step(sparse_network(net, layers, e), mask_U, training) for e in ("compact", "masked")}
-    torch.testing.assert_close(after["compact"], after["masked"], **EXACT)
+    masked = optimizer_step(sparse_network(net, layers, "masked"), mask_U, training)
+    for multiple in (1, 4):
+        compact = optimizer_step(sparse_network(net, layers, multiple=multiple), mask_U, training)
+        torch.testing.assert_close(compact, masked, **EXACT)
 
     # and by hand: SGD over the gradients of the reference, zeros included
     plain = copy.deepcopy(net)
@@ -260,7 +299,7 @@ def test_one_optimizer_step_with_momentum_and_decay(kind, case, training):
             plain.get_submodule(name).running_var.copy_(var)
     for name, tensor in plain.state_dict().items():
         if "num_batches_tracked" not in name:
-            torch.testing.assert_close(after["compact"][name], tensor, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(masked[name], tensor, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def search_step(network: SparseNetwork, masks: list[np.ndarray], weight_samples: int) -> dict[str, Tensor]:
@@ -283,11 +322,10 @@ def search_step(network: SparseNetwork, masks: list[np.ndarray], weight_samples:
 def test_a_whole_search_step(kind, weight_samples):
     net, layers = plain_net(kind), NETWORKS[kind].LAYERS
     masks = [flat_mask(layers, {}, seed=11), flat_mask(layers, {}, seed=12)]
-    compact, masked = (
-        search_step(sparse_network(net, layers, execution), masks, weight_samples)
-        for execution in ("compact", "masked")
-    )
-    torch.testing.assert_close(compact, masked, **EXACT)
+    masked = search_step(sparse_network(net, layers, "masked"), masks, weight_samples)
+    for multiple in (1, 4):
+        compact = search_step(sparse_network(net, layers, multiple=multiple), masks, weight_samples)
+        torch.testing.assert_close(compact, masked, **EXACT)
 
 
 @pytest.mark.parametrize("execution", ["compact", "masked"])
@@ -331,8 +369,10 @@ def test_float32_within_1e_4(kind, case):
     net, layers = plain_net(kind, dtype=torch.float32), NETWORKS[kind].LAYERS
     mask_U = flat_mask(layers, MASKS[kind][case], seed=5)
     data = batch(dtype=torch.float32)
-    one, other = (run_network(sparse_network(net, layers, e), mask_U, True, data) for e in ("compact", "masked"))
-    assert_near(one, other, tolerance=1e-4)
+    masked = run_network(sparse_network(net, layers, "masked"), mask_U, True, data)
+    for multiple in (1, 8):
+        compact = run_network(sparse_network(net, layers, multiple=multiple), mask_U, True, data)
+        assert_near(compact, masked, tolerance=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "case"), NARROW)
@@ -345,8 +385,8 @@ def test_bfloat16_near_float32(kind, case):
     mask_U = flat_mask(layers, MASKS[kind][case], seed=5)
     images, labels = batch(32, dtype=torch.float32)
     exact = run_network(sparse_network(net, layers, "masked"), mask_U, True, (images, labels))
-    for execution in ("masked", "compact"):
-        network = sparse_network(net, layers, execution)
+    for execution, multiple in (("masked", 1), ("compact", 1), ("compact", 4)):
+        network = sparse_network(net, layers, execution, multiple=multiple)
         with torch.autocast("cpu", torch.bfloat16):
             logits = network(images, network.plan(mask_U))
         F.cross_entropy(logits.float(), labels).backward()
@@ -382,12 +422,13 @@ def test_channels_last_gives_the_same_numbers_and_keeps_the_layout(kind):
     expected = run_network(sparse_network(net, layers), mask_U, True)
     net = net.to(memory_format=torch.channels_last)
     data = images.contiguous(memory_format=torch.channels_last), labels
-    network = sparse_network(net, layers)
-    outcome = run_network(network, mask_U, True, data)
-    assert_same(outcome, expected, **EXACT)
-    for name, parameter in network.model.named_parameters():
-        if parameter.dim() == 4:
-            assert parameter.grad.is_contiguous(memory_format=torch.channels_last), name
+    for multiple in (1, 4):
+        network = sparse_network(net, layers, multiple=multiple)
+        outcome = run_network(network, mask_U, True, data)
+        assert_same(outcome, expected, **EXACT)
+        for name, parameter in network.model.named_parameters():
+            if parameter.dim() == 4:
+                assert parameter.grad.is_contiguous(memory_format=torch.channels_last), name
 
 
 # --- small promises -------------------------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ def test_the_next_masks_are_drawn_from_the_projected_scores():
     state = search_state()
     generator = torch.Generator()
     generator.set_state(state.generator.get_state())
-    train_step(state, *batch(), STEP, config())
+    train_step(state, *batch(), StepSettings(0.1, 0.05, kept_fraction=0.2), config())  # v is large
     assert torch.equal(state.draw.masks_KU, sample_masks(state.network.scores, generator, 2))
     assert torch.equal(state.generator.get_state(), generator.get_state())
     for mask, plan in zip(state.draw.masks_KU.numpy(), state.draw.plans, strict=True):

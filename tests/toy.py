@@ -256,14 +256,15 @@ def sparse_network(
     semantics: str = "unit",
     score_init: float = 0.5,
     image_shape: tuple[int, int, int] = IMAGE_SHAPE,
+    multiple: int = 1,
 ) -> SparseNetwork:
-    """A `SparseNetwork` over a copy of `net`, its scores in the dtype of its weights."""
+    """A `SparseNetwork` over a copy of `net`, its scores in the dtype of its weights; unpadded unless asked."""
     dtype = next(net.parameters()).dtype
     model = sparsify(copy.deepcopy(net), list(layers), score_init).to(dtype)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # `test_graph.py` has its own test of a graph in another dtype
     try:
-        return SparseNetwork(model, image_shape, execution, semantics)
+        return SparseNetwork(model, image_shape, execution, semantics, multiple=multiple)
     finally:
         torch.set_default_dtype(default)
 

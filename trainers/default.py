@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.estimator import vrpge_gradient
+from utils.estimator import subbatch_gradient, vrpge_gradient
 from utils.masks import sample_masks
 from utils.metrics import MetricSums, count_correct
 from utils.network import SparseNetwork
@@ -40,11 +40,13 @@ class StepSettings:
     Attributes:
         weight_lr, score_lr: learning rates of this step.
         kept_fraction: the budget as a fraction of the units.
+        update_scores: whether this step has a structure step (`--score-every`).
     """
 
     weight_lr: float
     score_lr: float = 0.0
     kept_fraction: float = 1.0
+    update_scores: bool = True
 
 
 @dataclass
@@ -65,16 +67,26 @@ def draw_masks(network: SparseNetwork, generator: torch.Generator, num_masks: in
     return Draw(masks_KU, plans)
 
 
-def calculateGrad(scores_U: torch.nn.Parameter, masks_KU: Tensor, losses_K: Tensor, alpha: float) -> None:
-    """Writes the variance-reduced policy gradient into `scores_U.grad` (see `utils/estimator.py`); no backward."""
-    scores_U.grad = vrpge_gradient(scores_U.detach(), masks_KU, losses_K.detach(), alpha)
+def redraw_plans(network: SparseNetwork, draw: Draw) -> Draw:
+    """The same masks again, after the parameters that they point into have changed."""
+    return Draw(draw.masks_KU, [network.plan(plan.mask_U) for plan in draw.plans])
+
+
+def calculateGrad(scores_U: torch.nn.Parameter, masks_KU: Tensor, losses: Tensor, alpha: float) -> None:
+    """Writes the variance-reduced policy gradient into `scores_U.grad` (see `utils/estimator.py`); no backward.
+
+    Args:
+        losses: (K,) of the batch under each mask; or (K - 1, 2) of parts of it under the first and one other mask.
+    """
+    estimate = vrpge_gradient if losses.dim() == 1 else subbatch_gradient
+    scores_U.grad = estimate(scores_U.detach(), masks_KU, losses.detach(), alpha)
 
 
 def project_scores_(network: SparseNetwork, kept_fraction: float, by_layer: bool) -> Tensor:
     """Puts the scores back into the box and the budget, over all layers or each on its own. Returns v (the largest)."""
-    parts = network.split(network.scores.data) if by_layer else (network.scores.data,)
+    groups = network.unit_groups() if by_layer else [slice(None)]
     thresholds = []
-    for part in parts:
+    for part in (network.scores.data[group] for group in groups):
         projected, v = project_onto_budget(part, kept_fraction * part.numel())
         part.copy_(projected)
         thresholds.append(v)
@@ -94,7 +106,7 @@ def forward_loss(
 def train_step(
     state: SearchState, images: Tensor, labels: Tensor, settings: StepSettings, config: Any
 ) -> dict[str, Tensor]:
-    """One iteration: K sparse forward passes, score step and projection, one sparse backward and weight step.
+    """One iteration: sparse forward passes, score step and projection, one sparse backward and weight step.
 
     Args:
         images: (B, C, H, W) on the device.
@@ -108,32 +120,31 @@ def train_step(
     _set_learning_rate(state.weight_optimizer, settings.weight_lr)
     _set_learning_rate(state.score_optimizer, settings.score_lr)
 
-    # K sparse forward passes on the same batch; only those of the weight step keep a graph and move batch-norm
-    losses: list[Tensor] = []
-    for k, plan in enumerate(draw.plans):
-        feeds_weights = k < sparsity.weight_samples
-        twin = next((j for j in range(k) if np.array_equal(draw.plans[j].mask_U, plan.mask_U)), None)
-        if twin is not None and not feeds_weights:
-            losses.append(losses[twin].detach())  # the same subnet on the same batch has the same loss
-            continue
-        with torch.set_grad_enabled(feeds_weights):
-            loss, logits = forward_loss(network, plan, images, labels, config.train, feeds_weights)
-        if k == 0:
-            first_logits = logits.detach()
-        losses.append(loss)
-    losses_K = torch.stack([loss.detach() for loss in losses])
+    # sparse forward passes on the same batch
+    num_passes = num_full_passes(sparsity, settings.update_scores)
+    losses, logits = sparse_passes(network, draw.plans[:num_passes], images, labels, config)
     weight_loss = torch.stack(losses[: sparsity.weight_samples]).mean()
 
     # structure step: policy gradient, optimizer, projection; then the next draw
-    calculateGrad(scores, draw.masks_KU, losses_K, sparsity.alpha)
+    scores.grad = None
+    if settings.update_scores and sparsity.subbatch:
+        pairs = part_losses(network, draw.plans[1:], images, labels, logits, config)
+        calculateGrad(scores, draw.masks_KU, pairs, sparsity.alpha)
+        difference = (pairs[:, 0] - pairs[:, 1]).abs().mean()
+    elif settings.update_scores:
+        losses_K = torch.stack([loss.detach() for loss in losses])
+        calculateGrad(scores, draw.masks_KU, losses_K, sparsity.alpha)
+        difference = (losses_K[0] - losses_K[1]).abs()
+    else:
+        difference = torch.zeros_like(weight_loss)
     if config.train.clip_jointly:  # one norm over both couples the steps, so backward has to come first
         _backward(weight_loss, weights)
         torch.nn.utils.clip_grad_norm_([*weights, scores], config.train.clip_norm)
     else:
         torch.nn.utils.clip_grad_norm_([scores], config.train.clip_norm)
-    state.score_optimizer.step()
+    state.score_optimizer.step()  # does nothing where there is no gradient
     v = project_scores_(network, settings.kept_fraction, sparsity.constrain_by_layer)
-    state.draw = draw_masks(network, state.generator, sparsity.K)
+    state.draw = draw_masks(network, state.generator, num_masks(sparsity))
 
     # weight step: chain rule through the kept channels, queued behind the draw so that the host's planning is hidden
     if not config.train.clip_jointly:
@@ -142,8 +153,57 @@ def train_step(
     state.weight_optimizer.step()
 
     size = len(labels)
-    difference = (losses_K[0] - losses_K[1]).abs()
-    return {**_batch_sums(losses_K[0], first_logits, labels), "loss_difference": difference * size, "v": v * size}
+    return {**_batch_sums(losses[0].detach(), logits, labels), "loss_difference": difference * size, "v": v * size}
+
+
+def num_masks(sparsity: Any) -> int:
+    """How many masks a step draws."""
+    return 1 + sparsity.subbatch if sparsity.subbatch else sparsity.K
+
+
+def num_full_passes(sparsity: Any, update_scores: bool) -> int:
+    """How many of them run on the whole batch."""
+    return sparsity.K if update_scores and not sparsity.subbatch else sparsity.weight_samples
+
+
+def sparse_passes(
+    network: SparseNetwork, plans: list[Plan], images: Tensor, labels: Tensor, config: Any
+) -> tuple[list[Tensor], Tensor]:
+    """Mean losses of the batch under each plan, and the logits under the first.
+
+    Only the passes that feed the weights keep a graph and move batch-norm statistics.
+    """
+    losses: list[Tensor] = []
+    for k, plan in enumerate(plans):
+        feeds_weights = k < config.sparsity.weight_samples
+        twin = next((j for j in range(k) if np.array_equal(plans[j].mask_U, plan.mask_U)), None)
+        if twin is not None and not feeds_weights:
+            losses.append(losses[twin].detach())  # the same subnet on the same batch has the same loss
+            continue
+        with torch.set_grad_enabled(feeds_weights):
+            loss, logits = forward_loss(network, plan, images, labels, config.train, feeds_weights)
+        if k == 0:
+            first_logits = logits.detach()
+        losses.append(loss)
+    return losses, first_logits
+
+
+def part_losses(
+    network: SparseNetwork, plans: list[Plan], images: Tensor, labels: Tensor, logits: Tensor, config: Any
+) -> Tensor:
+    """Losses of each part of the batch under the first mask and under one of its own: (parts, 2), no graph.
+
+    All extra masks together cost one forward pass. Batch-norm normalises a part by its own statistics under the extra
+    mask, so parts should not be small.
+    """
+    smoothing = config.train.label_smoothing
+    pairs = []
+    for plan, part, answers, own in zip(plans, *(t.chunk(len(plans)) for t in (images, labels, logits)), strict=True):
+        with torch.no_grad():
+            first = F.cross_entropy(own, answers, label_smoothing=smoothing)
+            loss, _ = forward_loss(network, plan, part, answers, config.train, update_statistics=False)
+        pairs.append(torch.stack([first, loss]))
+    return torch.stack(pairs)
 
 
 def weight_step(

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from args import Config
 from data import DataSplits, ImageSet
-from trainers.default import StepSettings, evaluate, train_step, weight_step
+from trainers.default import StepSettings, evaluate, num_full_passes, train_step, weight_step
 from trainers.report import Reporter
+from trainers.retirement import retire
 from trainers.state import CANDIDATE_STREAM, Best, RunState, stream_seed
 from utils.metrics import Cost, CostLedger, MetricSums
 from utils.plan import Plan
+from utils.retirement import store_only
 from utils.schedules import kept_fraction, learning_rate_factor
 from utils.signals import StopRequest
 from utils.subnet import Subnet, best_within_budget, estimate_statistics, installed
@@ -92,7 +94,12 @@ class Recipe:
             *(sparsity.budget_schedule, now, total),
             *(sparsity.keep_ratio, sparsity.budget_start, sparsity.budget_end),
         )
-        return StepSettings(config.train.weight_lr * factor, config.train.score_lr * factor, fraction)
+        return StepSettings(
+            weight_lr=config.train.weight_lr * factor,
+            score_lr=config.train.score_lr * factor,
+            kept_fraction=fraction,
+            update_scores=now % sparsity.score_every == 0,
+        )
 
     def train_epoch(self) -> None:
         """The rest of the epoch under way."""
@@ -115,11 +122,7 @@ class Recipe:
         """One step of the current phase, entered into the ledger of costs."""
         run, network = self.run, self.run.network
         if run.search is not None:
-            plans = run.search.draw.plans
-            num_backward = self.config.sparsity.weight_samples
-            forward = [self.cost(plan) for plan in plans]
-            if all(np.array_equal(plans[0].mask_U, plan.mask_U) for plan in plans[1:]):
-                forward = forward[: max(1, num_backward)]  # train_step runs a repeated mask once
+            forward, num_backward = self.costs_of_search_step(settings), self.config.sparsity.weight_samples
             metrics = train_step(run.search, images, labels, settings, self.config)
         else:
             plan, num_backward = self.fixed_plan, 1
@@ -129,8 +132,25 @@ class Recipe:
             cost.add_step(len(labels), forward, num_backward, network.dense_macs)
         return metrics
 
+    def costs_of_search_step(self, settings: StepSettings) -> list[Cost]:
+        """What the forward passes of the coming step cost per image of the batch."""
+        sparsity, plans = self.config.sparsity, self.run.search.draw.plans
+        full = num_full_passes(sparsity, settings.update_scores)
+        costs = [self.cost(plan) for plan in plans[:full]]
+        if all(np.array_equal(plans[0].mask_U, plan.mask_U) for plan in plans[1:full]):
+            costs = costs[: sparsity.weight_samples]  # a repeated mask runs once
+        if settings.update_scores and sparsity.subbatch:  # each of the other masks sees its part of the batch
+            parts = [self.cost(plan) for plan in plans[1:]]
+            costs.append(tuple(sum(values) // len(parts) for values in zip(*parts, strict=True)))
+        return costs
+
     def cost(self, plan: Plan) -> Cost:
         return self.run.network.executed_macs(plan), self.run.network.padded_macs(plan)
+
+    @property
+    def retires(self) -> bool:
+        """Whether units leave the parameters: an exact saving that only compact execution can make."""
+        return self.config.sparsity.retire == "on" and self.config.sparsity.execution == "compact"
 
     @property
     def fixed_plan(self) -> Plan:
@@ -144,6 +164,8 @@ class Recipe:
         run, sparsity = self.run, self.config.sparsity
         settings = self.settings(run.step - 1, self.data.train.num_train_batches(self.batch_size))
         with self.timed("seconds"):
+            if run.search is not None and self.retires:
+                retire(run.search)
             subnet = self.current_subnet(settings.kept_fraction)
             heldout, test = self.evaluate_subnet(subnet)
         run.epoch += 1
@@ -208,7 +230,7 @@ class Recipe:
 
     def best_of(self, values_U: np.ndarray, scores_U: np.ndarray, fraction: float) -> np.ndarray:
         network, by_layer = self.run.network, self.config.sparsity.constrain_by_layer
-        groups = network.layer_slices() if by_layer else [slice(0, network.num_units)]
+        groups = network.unit_groups() if by_layer else [slice(0, network.num_units)]
         vital = network.graph.vital_groups if network.semantics == "unit" else []
         return best_within_budget(values_U, scores_U, groups, fraction, vital)
 
@@ -244,6 +266,8 @@ class Recipe:
         self.reporter.save(run, best=True)  # the weights of best.pt are those of the search's end
         if config.finetune.finetune:
             run.start_finetuning(config, subnet)
+            if self.retires:
+                store_only(run.network, subnet.mask_U, run.weight_optimizer)
         else:
             run.phase, run.subnet = "done", subnet
         self.reporter.save(run)

@@ -14,7 +14,7 @@ from args import Arguments, Config, check_resume, config_from_dict, config_to_ya
 from data import DataSplits, build_data
 from trainers.recipe import Diverged, Recipe, Stopped
 from trainers.report import Reporter, device_name
-from trainers.state import RunState, new_run
+from trainers.state import RunState, load_model_state, new_run
 from utils import checkpoint
 from utils.errors import UserError
 from utils.progress import announce
@@ -122,7 +122,7 @@ def _evaluate(config: Config, data: DataSplits, run: RunState, state: dict[str, 
     """Test accuracy of a checkpoint's subnet. A checkpoint from the middle of the search has none yet: then that of
     its highest scores, with batch-norm statistics from training images."""
     network = run.network
-    network.model.load_state_dict(state["model"])
+    load_model_state(network, state)
     recipe = Recipe(config, data, run, reporter=None, stop=None)
     run.phase = state["phase"]
     if state.get("subnet") is not None and "weight_optimizer" not in state:

@@ -11,12 +11,13 @@ import torch
 from args import Config, config_to_dict
 from data import DataSplits
 from models import build_model
-from trainers.default import Draw, SearchState, draw_masks
+from trainers.default import Draw, SearchState, draw_masks, num_masks
 from utils.checkpoint import generator_states, restore_generators
 from utils.errors import UserError
 from utils.metrics import CostLedger, MetricSums
 from utils.network import SparseNetwork
 from utils.pretrained import load_pretrained
+from utils.retirement import store_only
 from utils.subnet import Subnet
 
 MASK_STREAM, CANDIDATE_STREAM = 1, 2  # independent random streams of one seed
@@ -79,6 +80,7 @@ class RunState:
             "phase": self.phase,
             "epoch": self.epoch,
             "model": self.network.model.state_dict(),
+            "stored_units": torch.from_numpy(self.network.stored_units),
         }
 
     def state_dict(self, config: Config, fingerprint: str) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class RunState:
 
     def load_state_dict(self, state: dict[str, Any], config: Config) -> None:
         device = self.network.device
-        self.network.model.load_state_dict(state["model"])
+        load_model_state(self.network, state)
         self.phase, self.epoch, self.step = state["phase"], state["epoch"], state["step"]
         if state["subnet"] is not None:
             self.subnet = Subnet.from_state_dict(state["subnet"], device)
@@ -130,6 +132,12 @@ class RunState:
         restore_generators({"masks": self.search.generator}, search["generators"])
         plans = [self.network.plan(mask_U) for mask_U in search["pass_masks"].numpy()]
         self.search.draw = Draw(search["masks"].to(device), plans)
+
+
+def load_model_state(network: SparseNetwork, state: dict[str, Any]) -> None:
+    """Weights and scores of a checkpoint, into a fresh network that is first cut down as the stored one was."""
+    store_only(network, state["stored_units"].numpy())
+    network.model.load_state_dict(state["model"])
 
 
 def make_weight_optimizer(network: SparseNetwork, config: Config, learning_rate: float) -> torch.optim.SGD:
@@ -158,7 +166,8 @@ def make_network(config: Config, data: DataSplits, device: torch.device) -> Spar
     model = model.to(device, memory_format=torch.channels_last)
     image_shape = (data.channels, data.image_size, data.image_size)
     try:
-        return SparseNetwork(model, image_shape, config.sparsity.execution, config.sparsity.semantics)
+        sparsity = config.sparsity
+        return SparseNetwork(model, image_shape, sparsity.execution, sparsity.semantics, sparsity.stream)
     except ValueError as error:  # such as a pooling that has nothing left to read
         raise UserError(
             f"{config.model.arch} does not fit images of {data.image_size}x{data.image_size} pixels ({error}); "
@@ -178,7 +187,7 @@ def new_run(config: Config, data: DataSplits, device: torch.device) -> RunState:
         weight_optimizer=weight_optimizer,
         score_optimizer=make_score_optimizer(network, config),
         generator=generator,
-        draw=draw_masks(network, generator, config.sparsity.K),
+        draw=draw_masks(network, generator, num_masks(config.sparsity)),
     )
     return RunState(network, weight_optimizer, search, phase="search")
 

@@ -175,7 +175,7 @@ class CompactForward:
         y = F.batch_norm(x, mean, var, weight, bias, True, norm.momentum, norm.eps)
         for own, moved in ((norm.running_mean, mean), (norm.running_var, var)):
             if live is None:
-                own.copy_(moved)
+                own.copy_(moved[: len(own)])
             else:
                 own.index_copy_(0, live, moved[: len(live)])
         return y

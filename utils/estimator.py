@@ -5,6 +5,7 @@ Legend: U units, K masks drawn in one step.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -36,3 +37,20 @@ def vrpge_gradient(scores_U: Tensor, masks_KU: Tensor, losses_K: Tensor, alpha: 
     saturated_U = variance_U <= 0
     scale_U = variance_U.masked_fill(saturated_U, 1.0) ** (1 - alpha)
     return (weighted_U / (scale_U * (len(losses_K) - 1))).masked_fill(saturated_U, 0.0)
+
+
+def subbatch_gradient(scores_U: Tensor, masks_KU: Tensor, losses_P2: Tensor, alpha: float = 0.5) -> Tensor:
+    """Score gradient from one mask on the whole batch and further masks on a part of it each.
+
+        g = mean over parts p of vrpge(m_0, m_p; L_p(m_0), L_p(m_p))
+
+    Each term has the mean of `vrpge_gradient` with K = 2 (the masks are independent), so has their average; the noise
+    of the other units falls with the number of parts, that of the examples grows.
+
+    Args:
+        masks_KU: (1 + P, U) bool; the first is the one that the whole batch ran under.
+        losses_P2: (P, 2) mean loss of part p under mask 0 and under mask 1 + p.
+    Source: ours.
+    """
+    terms = [vrpge_gradient(scores_U, masks_KU[[0, 1 + part]], losses, alpha) for part, losses in enumerate(losses_P2)]
+    return torch.stack(terms).mean(dim=0)

@@ -140,6 +140,8 @@ class ChannelGraph:
     Args:
         model: a network whose maskable convolutions are `VRPGE` modules; its forward takes one image tensor.
         image_shape: (channels, height, width) of an image.
+        stream: "free": every maskable layer has units of its own; "tied": layers whose results are added share theirs,
+            so that all writers of a residual stream keep the same channels.
     Raises: ValueError naming the module or operation through which channels cannot be followed.
 
     Attributes:
@@ -150,14 +152,7 @@ class ChannelGraph:
         vital_groups: index arrays; if no unit of such a group is kept, nothing gets from input to output.
     """
 
-    def __init__(self, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
-        self.first_unit: dict[str, int] = {}
-        self.num_units = 0
-        for name, conv in subnet_convs(model).items():
-            self.first_unit[name] = self.num_units
-            self.num_units += conv.out_channels
-        self.spaces: list[Space] = []
-        self.ops: list[Op] = []
+    def __init__(self, model: nn.Module, image_shape: tuple[int, int, int], stream: str = "free") -> None:
         for name, module in model.named_modules():
             if reason := _module_refusal(module):
                 raise _unfollowed(f"module {name} ({type(module).__name__})", reason)
@@ -169,13 +164,51 @@ class ChannelGraph:
         except RuntimeError as error:  # torch's own words for shapes that do not fit
             reason = str(error).splitlines()[0]
             raise ValueError(f"the network cannot read images of shape {image_shape}: {reason}") from error
+        widths = {name: conv.out_channels for name, conv in subnet_convs(model).items()}
+        self._follow_all(model, graph, widths, tied_to={name: name for name in widths})
+        if stream == "tied":
+            self._follow_all(model, graph, widths, self._writers_of_one_stream())
+        if not self.spaces[self.ops[-1].space].full:
+            raise ValueError("the output of the network itself would be masked; leave its last layer unmasked")
+        self.vital_groups = self._find_vital_groups()
+
+    def _follow_all(self, model: nn.Module, graph: fx.Graph, widths: dict[str, int], tied_to: dict[str, str]) -> None:
+        """Lays out the units, layers that are tied to another one on its units, and follows them through the graph."""
+        self.first_unit: dict[str, int] = {}
+        self.num_units = 0
+        for name, width in widths.items():
+            if tied_to[name] != name:
+                self.first_unit[name] = self.first_unit[tied_to[name]]
+                continue
+            self.first_unit[name] = self.num_units
+            self.num_units += width
+        self.spaces: list[Space] = []
+        self.ops: list[Op] = []
         position: dict[fx.Node, int] = {}
         for node in graph.nodes:
             self.ops.append(self._follow(node, model, position))
             position[node] = len(self.ops) - 1
-        if not self.spaces[self.ops[-1].space].full:
-            raise ValueError("the output of the network itself would be masked; leave its last layer unmasked")
-        self.vital_groups = self._find_vital_groups()
+
+    def _writers_of_one_stream(self) -> dict[str, str]:
+        """For each maskable layer the first one whose result its own is added to, however indirectly."""
+        name_of = {first: name for name, first in self.first_unit.items()}
+        tied_to = {name: name for name in self.first_unit}
+        for space in self.spaces:
+            streams = {tied_to[name_of[first]] for first in space.writers}
+            if len(streams) > 1:
+                earliest = min(streams, key=lambda name: self.first_unit[name])
+                tied_to = {name: earliest if owner in streams else owner for name, owner in tied_to.items()}
+        return tied_to
+
+    def live_channels(self, mask_U: np.ndarray) -> list[np.ndarray]:
+        """For each space the channels that exist under a mask: (width,) bool."""
+        live = []
+        for space in self.spaces:
+            channels = np.ones(space.width, dtype=bool)
+            if not space.full:
+                channels = np.logical_or.reduce([mask_U[first : first + space.width] for first in space.writers])
+            live.append(channels)
+        return live
 
     def _space(self, width: int, writers: frozenset[int] = frozenset()) -> int:
         space = Space(width, writers)

@@ -25,10 +25,13 @@ class SparseNetwork:
         execution: "compact" (kept channels only) or "masked" (all channels, multiplied by masks).
         semantics: "unit" (a dropped unit is absent) or "released" (the mask multiplies the convolution weight only and
             batch-norm shifts leak; masked execution only).
+        stream: "free" or "tied", see `ChannelGraph`.
         multiple: what kept channel counts are padded to in compact execution; None: what suits the device.
 
     Attributes:
         scores: (U,) flat parameter; the `scores` of each layer are views of it.
+        stored_units: (U,) bool: units whose parameters still exist; all of them until some retire.
+        stored: the same per space of the graph; None while all are stored.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class SparseNetwork:
         image_shape: tuple[int, int, int],
         execution: str = "compact",
         semantics: str = "unit",
+        stream: str = "free",
         multiple: int | None = None,
     ) -> None:
         if semantics == "released" and execution != "masked":
@@ -44,20 +48,23 @@ class SparseNetwork:
         self.model = model
         self.execution = execution
         self.semantics = semantics
-        self.graph = ChannelGraph(model, image_shape)
+        self.graph = ChannelGraph(model, image_shape, stream)
         self.layers = subnet_convs(model)
         self.scores = self._flatten_scores()
         self.device = next(model.parameters()).device
         self.multiple = preferred_multiple(self.device) if multiple is None else multiple
+        self.stored_units = np.ones(self.num_units, dtype=bool)
+        self.stored: list[np.ndarray] | None = None
         self._compact = CompactForward(self.graph)
-        self.dense_plan = self.plan(np.ones(self.num_units, dtype=bool))
+        self.dense_plan = self.plan(self.stored_units)
         self.dense_macs = sum(self.graph.layer_macs(self.dense_plan.counts).values())
         self.dense_parameters = sum(self.graph.layer_parameters(self.dense_plan.counts).values())
 
     def _flatten_scores(self) -> nn.Parameter:
-        flat = [layer.scores.data for layer in self.layers.values()]
-        scores = nn.Parameter(torch.cat(flat) if flat else torch.empty(0), requires_grad=False)
+        first_score = next((layer.scores for layer in self.layers.values()), torch.empty(0))
+        scores = nn.Parameter(first_score.new_empty(self.graph.num_units), requires_grad=False)
         for layer, part in zip(self.layers.values(), self.split(scores.data), strict=True):
+            part.copy_(layer.scores)
             layer.scores.data = part
         return scores
 
@@ -65,14 +72,15 @@ class SparseNetwork:
     def num_units(self) -> int:
         return self.graph.num_units
 
-    def split(self, vector_U: Tensor) -> tuple[Tensor, ...]:
-        """A flat vector of units as one view per layer, in the order of `layers`."""
-        return vector_U.split([layer.out_channels for layer in self.layers.values()])
-
-    def layer_slices(self) -> list[slice]:
-        """The units of each layer in a flat vector."""
+    def split(self, vector_U: Tensor) -> list[Tensor]:
+        """A flat vector of units as one view per layer, in the order of `layers`; tied layers get the same view."""
         firsts = self.graph.first_unit
-        return [slice(firsts[name], firsts[name] + layer.out_channels) for name, layer in self.layers.items()]
+        return [vector_U[firsts[name] : firsts[name] + layer.out_channels] for name, layer in self.layers.items()]
+
+    def unit_groups(self) -> list[slice]:
+        """The units of each layer in a flat vector, those of tied layers once."""
+        widths = {self.graph.first_unit[name]: layer.out_channels for name, layer in self.layers.items()}
+        return [slice(first, first + width) for first, width in widths.items()]
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Everything that is trained by backward: all parameters but the scores."""
@@ -86,7 +94,8 @@ class SparseNetwork:
         """
         if self.semantics == "unit":
             mask_U = keep_one_unit(mask_U, self.scores, self.graph.vital_groups)
-        return make_plan(self.graph, mask_U, self.device, self.multiple)
+        assert not (mask_U & ~self.stored_units).any(), "a mask keeps units that have retired"
+        return make_plan(self.graph, mask_U, self.device, self.multiple, self.stored)
 
     def __call__(self, images: Tensor, plan: Plan, update_statistics: bool = True) -> Tensor:
         """Logits (B, classes) under a plan; train or eval mode is the model's.

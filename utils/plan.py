@@ -21,7 +21,8 @@ class Plan:
         counts: per space the number of live channels.
         widths: per space the number of channels that a compact tensor has: live ones first, then zero channels up to
             the next multiple that the hardware likes, at most the width of the full network.
-        index: per space the live channels in ascending order, int64 on the device; None if all are live.
+        index: per space where the live channels stand in the stored parameters, ascending, int64 on the device; None
+            if all that are stored are live.
         positions: for a pair of spaces (inner, outer), where the live channels of `inner` stand among those of
             `outer`, int64 on the device; only for pairs that an addition joins and that differ.
     """
@@ -45,22 +46,29 @@ def preferred_multiple(device: torch.device) -> int:
     return {"AVX2": 8, "AVX512": 16}.get(torch.backends.cpu.get_cpu_capability(), 4)
 
 
-def make_plan(graph: ChannelGraph, mask_U: np.ndarray, device: torch.device, multiple: int = 1) -> Plan:
+def make_plan(
+    graph: ChannelGraph,
+    mask_U: np.ndarray,
+    device: torch.device,
+    multiple: int = 1,
+    stored: list[np.ndarray] | None = None,
+) -> Plan:
     """Follows one mask through the graph on the host; a single copy takes all channel lists to the device.
 
     Args:
         mask_U: (U,) bool, the mask of the pass.
         multiple: what the channel counts of maskable tensors are padded to.
+        stored: per space a (width,) bool array: the channels whose parameters still exist (see `utils/retirement.py`),
+            at least the live ones; None: all.
     """
-    live, counts, widths = [], [], []
-    for space in graph.spaces:
-        channels = np.ones(space.width, dtype=bool)
-        if not space.full:
-            channels = np.logical_or.reduce([mask_U[first : first + space.width] for first in space.writers])
-        live.append(channels)
-        counts.append(int(channels.sum()))
-        widths.append(space.width if space.full else min(-(-counts[-1] // multiple) * multiple, space.width))
-    index = [None if count == graph.spaces[i].width else np.flatnonzero(live[i]) for i, count in enumerate(counts)]
+    live = graph.live_channels(mask_U)
+    counts = [int(channels.sum()) for channels in live]
+    widths, index = [], []
+    for i, space in enumerate(graph.spaces):
+        padded = -(-counts[i] // multiple) * multiple
+        widths.append(space.width if space.full else min(padded, space.width))
+        kept = live[i] if stored is None else live[i][stored[i]]
+        index.append(None if kept.all() else np.flatnonzero(kept))
     pairs = {
         (graph.ops[i].space, op.space)
         for op in graph.ops

@@ -1,0 +1,101 @@
+"""Units that provably stay dropped leave the parameters, batch-norms and optimizer state for good.
+
+A score of exactly 0 has gradient 0, so with a first moment (or momentum) that is not negative no step of the score
+optimizer can lift it, and the projection never raises a score. Its unit is never drawn again; nothing reads its
+parameters any more. Masks and scores keep their full length: a few bytes a unit, and draws, projection and indices of
+units stay what they were. Source: ours.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.graph import Op
+from utils.network import SparseNetwork
+
+
+def stays_zero(scores_U: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Which scores are 0 and can never leave it, whatever the losses: (U,) bool.
+
+    Args:
+        scores_U: the parameter of the optimizer, after a projection.
+        optimizer: Adam or SGD, without weight decay.
+    """
+    state = optimizer.state.get(scores_U, {})
+    moment = state.get("exp_avg", state.get("momentum_buffer"))
+    zero = scores_U == 0
+    return zero if moment is None else zero & (moment >= 0)
+
+
+def store_only(network: SparseNetwork, units_U: np.ndarray, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Cuts parameters, running statistics and optimizer state down to the channels of some units.
+
+    Compact execution only. The first unit of every vital group stays: it is what the layer guard falls back to when all
+    scores of the group are 0.
+
+    Args:
+        units_U: (U,) bool, the units to keep; those that were cut before stay cut.
+        optimizer: of the weights; its state per parameter is cut alike.
+    Returns: how many units were cut.
+    """
+    keep_U = units_U & network.stored_units
+    for group in network.graph.vital_groups:
+        keep_U[group[0]] = network.stored_units[group[0]]
+    num_cut = int((network.stored_units & ~keep_U).sum())
+    if num_cut == 0:
+        return 0
+    before = network.stored or [np.ones(space.width, dtype=bool) for space in network.graph.spaces]
+    after = network.graph.live_channels(keep_U)
+    kept = [
+        torch.from_numpy(np.flatnonzero(new[old])).to(network.device) for old, new in zip(before, after, strict=True)
+    ]
+    for module, reads, writes in _layers(network):
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if name == "scores" or tensor.dim() == 0:
+                continue
+            rows = kept[writes]
+            columns = _columns(module, kept[reads], before[reads]) if tensor.dim() > 1 else None
+            state = {} if optimizer is None else optimizer.state.get(tensor, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == tensor.shape:
+                    state[key] = _cut(value, rows, columns)
+            tensor.data = _cut(tensor.data, rows, columns)
+            if isinstance(tensor, nn.Parameter):
+                tensor.grad = None
+    network.stored_units, network.stored = keep_U, after
+    return num_cut
+
+
+def _layers(network: SparseNetwork) -> list[tuple[nn.Module, int, int]]:
+    """Each layer with parameters once, with the spaces that it reads and writes.
+
+    A layer that runs more than once keeps everything that any of its runs needs only if its runs agree.
+    """
+    wiring: dict[nn.Module, tuple[int, int]] = {}
+    for op in network.graph.ops:
+        if op.kind in ("conv", "norm", "linear"):
+            spaces = (_source(network, op), op.space)
+            if wiring.setdefault(op.module, spaces) != spaces:
+                raise ValueError(f"{op.node.target} runs on different channels; units cannot retire from it")
+    return [(module, *spaces) for module, spaces in wiring.items()]
+
+
+def _source(network: SparseNetwork, op: Op) -> int:
+    return network.graph.ops[op.inputs[0]].space
+
+
+def _columns(module: nn.Module, kept: Tensor, before: np.ndarray) -> Tensor:
+    """Columns of a weight that read kept channels: behind a flatten a linear layer has several for each."""
+    per_channel = module.in_features // int(before.size) if isinstance(module, nn.Linear) else 1
+    offsets = torch.arange(per_channel, device=kept.device)
+    return (kept.unsqueeze(1) * per_channel + offsets).flatten()
+
+
+def _cut(tensor: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
+    cut = tensor.index_select(0, rows)
+    if columns is not None:
+        cut = cut.index_select(1, columns)
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return cut.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
