@@ -44,13 +44,14 @@ from trainers.retirement import retire
 from trainers.session import find_device
 from trainers.state import make_weight_optimizer, new_run
 from utils import checkpoint
-from utils.config_parser import Given, Option, convert
+from utils.config_parser import METAVARS, Given, Option, convert
 from utils.errors import UserError
 from utils.network import SparseNetwork
 from utils.plan import Plan
 from utils.run_folder import PROJECT_FOLDER, environment_facts, resolve_run
 from utils.thin import ThinNetwork
 
+NETWORKS = ("dense", "thin", "compact")
 ROUNDINGS = (1, 8, 16, 32)  # of thin's channel counts; 1: as drawn
 WARM_UP_STEPS = 5  # each draw brings new shapes
 PEAK_STEPS = 4
@@ -99,6 +100,7 @@ TAKEN_FROM_TRAINING = (
 )
 OPTIONS = {key: TRAINING_OPTIONS[key] for key in TAKEN_FROM_TRAINING} | {option.key: option for option in OWN_OPTIONS}
 REPEATS = Option("repeats", "", int, False, 7, "steps that are timed", within="[1, 10000]")
+MADE_SCORES = ("uniform", "late")  # anything else is a path
 FROM_CHECKPOINT = ("arch", "keep_ratio", "width_mult", "stream")
 
 VARIANTS = ("dense", "compact", *(f"thin{rounding}" for rounding in ROUNDINGS))
@@ -122,11 +124,10 @@ def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     for option in (*OPTIONS.values(), REPEATS):
         parser.add_argument(
-            f"--{option.key.replace('_', '-')}",
-            nargs=None if option is REPEATS else "+",
-            metavar=option.metavar or option.kind.__name__.upper(),
-            help=f"{option.help}{': ' + ', '.join(option.choices) if option.choices else ''} "
-            f"(default: {option.default})",
+            _flag(option.key),
+            **({} if option is REPEATS else {"nargs": "+", "action": "extend"}),
+            metavar=option.metavar or METAVARS[option.kind],
+            help=f"{option.help}{_choices(option)} (default: {option.default})",
         )
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (one process per network)")
     parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -142,6 +143,15 @@ def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def _choices(option: Option) -> str:
+    explained = all(f"{choice}: " in option.help for choice in option.choices)
+    return "" if explained else f": {', '.join(option.choices)}"
+
+
 def _value(option: Option, text: str) -> Any:
     return convert(option, Given(option.key, text, False, "command line"))
 
@@ -152,8 +162,8 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
     Raises: UserError for a checkpoint that cannot be used, and for options that would have no effect.
     """
     useless = [key for key in FROM_CHECKPOINT if key in arguments.given]
-    if useless and not {"uniform", "late"} & set(arguments.scores):
-        flags = ", ".join(f"--{key.replace('_', '-')}" for key in useless)
+    if useless and not set(MADE_SCORES) & set(arguments.scores):
+        flags = ", ".join(map(_flag, useless))
         raise UserError(f"{flags} (command line) cannot be combined with a checkpoint, which decides it; leave it out")
     cases: list[Case] = []
     for values in itertools.product(*(getattr(arguments, key) for key in OPTIONS)):
@@ -178,7 +188,7 @@ def make_case(
     scores: str,
 ) -> Case:
     model = ModelConfig(arch=arch, width_mult=width_mult)
-    if scores not in ("uniform", "late"):
+    if scores not in MADE_SCORES:
         scores = str(resolve_run(scores)[1].resolve())
         stored = stored_config(scores)
         model = replace(stored.model, pretrained=None)
@@ -190,6 +200,24 @@ def make_case(
         train=TrainConfig(batch_size=batch_size, precision=precision),
     )
     return Case(config, Shapes(input_size, num_classes), scores)
+
+
+def values_of(case: Case) -> dict[str, Any]:
+    """The value of every option."""
+    config = case.config
+    return {
+        "arch": config.model.arch,
+        "keep_ratio": config.sparsity.keep_ratio,
+        "batch_size": config.train.batch_size,
+        "precision": config.train.precision,
+        "device": config.run.device,
+        "stream": config.sparsity.stream,
+        "scores": case.scores,
+        "width_mult": config.model.width_mult,
+        "score_every": config.sparsity.score_every,
+        "input_size": case.shapes.image_size,
+        "num_classes": case.shapes.num_classes,
+    }
 
 
 def stored_config(path: str) -> Config:
@@ -342,7 +370,7 @@ class Bench:
     def compact(self, search: SearchState, executed: list[Plan]) -> Callable[[], None]:
         """The step of the masked network itself; the plans of the passes that it ran are added to `executed`."""
         config = self.case.config
-        prepare(search, self.case)
+        prepare(search)
         # a checkpoint from before the end of a falling budget holds more than keep_ratio
         kept_fraction = min(1.0, max(config.sparsity.keep_ratio, float(search.network.scores.double().mean())))
 
@@ -354,10 +382,9 @@ class Bench:
         return step
 
 
-def prepare(search: SearchState, case: Case) -> None:
-    """What training has done by the time that its scores look like this: units that stay at 0 have left."""
-    if case.scores != "uniform":
-        retire(search)
+def prepare(search: SearchState) -> None:
+    """What training has done by the time that scores look like this: units that stay at 0 have left."""
+    retire(search)
 
 
 def rounded_widths(network: SparseNetwork, counts: list[int], rounding: int) -> list[int]:
@@ -395,15 +422,9 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     dense_ms, thin_ms, compact_ms = (float(np.median(times[name])) for name in ("dense", "thin", "compact"))
     flops_ratio = float(np.mean([search.network.subnet_macs(plan) for plan in executed])) / dense.dense_macs
     padded_ratio = float(np.mean([search.network.padded_macs(plan) for plan in executed])) / dense.dense_macs
-    config = case.config
     return {
-        "arch": config.model.arch,
-        "keep_ratio": config.sparsity.keep_ratio,
-        "batch_size": config.train.batch_size,
-        "precision": config.train.precision,
+        **values_of(case),
         "device": str(device),
-        "stream": config.sparsity.stream,
-        "scores": case.scores,
         "dense_ms": dense_ms,
         "thin_ms": thin_ms,
         "compact_ms": compact_ms,
@@ -415,16 +436,9 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         "padded_flops_ratio": padded_ratio,
         "thin_rounding": int(fastest.removeprefix("thin")),
         **{f"{name}_ms_quartiles": np.percentile(times[name], (25, 75)).tolist() for name in NETWORKS},
-        "images_per_second": 1000 * config.train.batch_size / compact_ms,
-        "width_mult": config.model.width_mult,
-        "input_size": case.shapes.image_size,
-        "num_classes": case.shapes.num_classes,
-        "score_every": config.sparsity.score_every,
+        "images_per_second": 1000 * case.config.train.batch_size / compact_ms,
         "repeats": repeats,
     }
-
-
-NETWORKS = ("dense", "thin", "compact")
 
 
 def interleaved_times(
@@ -471,22 +485,8 @@ def measure_peaks(case: Case, thin_rounding: int) -> dict[str, float | None]:
 
 def as_arguments(case: Case) -> list[str]:
     """The command line of one case."""
-    config = case.config
-    values = {
-        "arch": config.model.arch,
-        "keep_ratio": config.sparsity.keep_ratio,
-        "batch_size": config.train.batch_size,
-        "precision": config.train.precision,
-        "device": config.run.device,
-        "stream": config.sparsity.stream,
-        "width_mult": config.model.width_mult,
-        "score_every": config.sparsity.score_every,
-        "input_size": case.shapes.image_size,
-        "num_classes": case.shapes.num_classes,
-        "scores": case.scores,
-    }
-    decided = () if case.scores in ("uniform", "late") else FROM_CHECKPOINT
-    pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in values.items() if key not in decided]
+    decided = () if case.scores in MADE_SCORES else FROM_CHECKPOINT
+    pairs = [(_flag(key), str(value)) for key, value in values_of(case).items() if key not in decided]
     return [word for pair in pairs for word in pair]
 
 
@@ -551,7 +551,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "batch": str(row["batch_size"]),
         "precision": row["precision"],
         "stream": row["stream"],
-        "scores": row["scores"] if row["scores"] in ("uniform", "late") else Path(row["scores"]).name,
+        "scores": row["scores"] if row["scores"] in MADE_SCORES else Path(row["scores"]).name,
         "score every": str(row["score_every"]),
         **{f"{name} ms": milliseconds(name) for name in NETWORKS},
         "thin widths": "as drawn" if rounding == 1 else f"x{rounding}",
@@ -595,7 +595,8 @@ def run(argv: Sequence[str] | None) -> None:
         else:
             row |= measure_peaks(case, row["thin_rounding"])
         rows.append(row)
-        print(f"{number}/{len(cases)}: {_cells(row)}", file=sys.stderr, flush=True)
+        done = ", ".join(f"{name} {value}" for name, value in _cells(row).items())
+        print(f"{number} of {len(cases)}: {done}", file=sys.stderr, flush=True)
     print(NOTES)
     if not arguments.no_memory:
         baselines = sorted({round(row["baseline_peak_mb"] or 0) for row in rows})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 
 import numpy as np
 import torch
@@ -141,8 +142,20 @@ class SparseNetwork:
         return self.dense_macs if self.execution == "masked" else self.subnet_macs(plan)
 
     def padded_macs(self, plan: Plan) -> int:
-        """The same with the zero channels that compact tensors are padded with."""
-        return self.dense_macs if self.execution == "masked" else sum(self.graph.layer_macs(plan.widths).values())
+        """The same with what compact execution adds: zero channels, and the products that put channels in place."""
+        if self.execution == "masked":
+            return self.dense_macs
+        return sum(self.graph.layer_macs(plan.widths).values()) + self.joining_macs(plan)
+
+    def joining_macs(self, plan: Plan) -> int:
+        """Multiply-adds of putting channels into a wider stream (`utils.compact.add_channels`)."""
+        return sum(
+            plan.widths[space] * plan.widths[op.space] * prod(op.shape[1:])
+            for op in self.graph.ops
+            if op.kind == "add"
+            for space in (self.graph.ops[i].space for i in op.inputs)
+            if (space, op.space) in plan.positions and plan.counts[space]
+        )
 
     def subnet_parameters(self, plan: Plan) -> int:
         return sum(self.graph.layer_parameters(plan.counts).values())

@@ -7,6 +7,8 @@ is added to the first channels of the wider one: no channel lists, which a thin 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,8 +38,11 @@ class ThinNetwork(nn.Module):
 
     def __init__(self, graph: ChannelGraph, widths: list[int]) -> None:
         super().__init__()
-        self.ops = graph.ops
         self.widths = widths
+        # of the full network's modules only those without parameters are run; the others need not stay in memory
+        self.ops = [replace(op, module=op.module if op.kind == "pointwise" else None) for op in graph.ops]
+        last_reader = {operand: position for position, op in enumerate(graph.ops) for operand in op.inputs}
+        self.finished = [[i for i in op.inputs if last_reader[i] == at] for at, op in enumerate(graph.ops)]
         self.layers = nn.ModuleDict()
         for position, op in enumerate(graph.ops):
             reads = widths[graph.ops[op.inputs[0]].space] if op.inputs else 0
@@ -69,6 +74,8 @@ class ThinNetwork(nn.Module):
         for position, op in enumerate(self.ops):
             operands = [results[i] for i in op.inputs]
             results.append(self._run(op, str(position), operands, images))
+            for operand in self.finished[position]:
+                results[operand] = None
         return results[-1]
 
     def _run(self, op: Op, name: str, operands: list[Tensor | None], images: Tensor) -> Tensor | None:
@@ -81,7 +88,7 @@ class ThinNetwork(nn.Module):
         width = self.widths[op.space]
         if width == 0:
             return None
-        if op.kind in ("conv", "linear"):  # reads nothing: its result is zero (a shift is not worth a layer)
+        if op.kind in ("conv", "linear"):  # of nothing: zero, as no network here has a shift there
             return images.new_zeros((len(images), width, *op.shape[1:]))
         if op.kind == "add":
             present = [x for x in operands if x is not None]
