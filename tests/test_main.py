@@ -291,3 +291,24 @@ def test_a_mistake_is_one_sentence_and_exit_code_2():
     assert result.returncode == 2
     assert "--keep-ratio" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_training(program, monkeypatch, capsys):
+    def full_disk(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trainers.report.append_row", full_disk)
+    assert program("--epochs", "1", "--no-finetune") == 0
+    assert "the report of epoch 1 could not be written" in capsys.readouterr().out
+    assert (folder_of() / "summary.json").exists()
+
+
+def test_cheaper_structure_steps_cost_less_in_the_ledger(program):
+    ratios = []
+    for name, options in (("every", ()), ("third", ("--score-every", "3")), ("parts", ("--subbatch", "2"))):
+        constant = ("--epochs", "2", "--no-finetune", "--budget-schedule", "constant", "--num-subnets", "0")
+        assert program(*constant, *options, name=name) == 0
+        ratios.append(json.loads((folder_of(name) / "summary.json").read_text())["train_flops_ratio"])
+    every, third, parts = ratios
+    assert third < 0.9 * every  # two thirds of the steps run 3 instead of 4 forward-equivalents
+    assert parts == pytest.approx(every, rel=0.25)

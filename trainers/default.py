@@ -166,6 +166,11 @@ def num_full_passes(sparsity: Any, update_scores: bool) -> int:
     return sparsity.K if update_scores and not sparsity.subbatch else sparsity.weight_samples
 
 
+def twin_of(plans: list[Plan], k: int) -> int | None:
+    """The first plan before the k-th that keeps the same units, if there is one."""
+    return next((j for j in range(k) if np.array_equal(plans[j].mask_U, plans[k].mask_U)), None)
+
+
 def sparse_passes(
     network: SparseNetwork, plans: list[Plan], images: Tensor, labels: Tensor, config: Any
 ) -> tuple[list[Tensor], Tensor]:
@@ -176,8 +181,7 @@ def sparse_passes(
     losses: list[Tensor] = []
     for k, plan in enumerate(plans):
         feeds_weights = k < config.sparsity.weight_samples
-        twin = next((j for j in range(k) if np.array_equal(plans[j].mask_U, plan.mask_U)), None)
-        if twin is not None and not feeds_weights:
+        if not feeds_weights and (twin := twin_of(plans, k)) is not None:
             losses.append(losses[twin].detach())  # the same subnet on the same batch has the same loss
             continue
         with torch.set_grad_enabled(feeds_weights):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from args import Config
 from data import DataSplits, ImageSet
-from trainers.default import StepSettings, evaluate, num_full_passes, train_step, weight_step
+from trainers.default import StepSettings, evaluate, num_full_passes, train_step, twin_of, weight_step
 from trainers.report import Reporter
 from trainers.retirement import retire
 from trainers.state import CANDIDATE_STREAM, Best, RunState, stream_seed
@@ -45,8 +45,8 @@ class Recipe:
     config: Config
     data: DataSplits
     run: RunState
-    reporter: Reporter
-    stop: StopRequest
+    reporter: Reporter | None  # None: single steps and evaluation only
+    stop: StopRequest | None
 
     def __post_init__(self) -> None:
         wanted = self.config.finetune.bn_batches * self.config.train.batch_size
@@ -135,10 +135,11 @@ class Recipe:
     def costs_of_search_step(self, settings: StepSettings) -> list[Cost]:
         """What the forward passes of the coming step cost per image of the batch."""
         sparsity, plans = self.config.sparsity, self.run.search.draw.plans
-        full = num_full_passes(sparsity, settings.update_scores)
-        costs = [self.cost(plan) for plan in plans[:full]]
-        if all(np.array_equal(plans[0].mask_U, plan.mask_U) for plan in plans[1:full]):
-            costs = costs[: sparsity.weight_samples]  # a repeated mask runs once
+        costs = [
+            self.cost(plan)
+            for k, plan in enumerate(plans[: num_full_passes(sparsity, settings.update_scores)])
+            if k < sparsity.weight_samples or twin_of(plans, k) is None  # a repeated mask runs once
+        ]
         if settings.update_scores and sparsity.subbatch:  # each of the other masks sees its part of the batch
             parts = [self.cost(plan) for plan in plans[1:]]
             costs.append(tuple(sum(values) // len(parts) for values in zip(*parts, strict=True)))

@@ -47,10 +47,6 @@ TAGS = {  # column of results.csv -> curve in TensorBoard
     "images_per_second": "perf/images_per_second",
     "step_ms": "perf/step_ms",
 }
-SEARCH_ONLY = {
-    *("budget", "keep_ratio_expected", "keep_ratio_drawn", "v", "max_score", "score_entropy"),
-    *("share_zero", "share_one", "loss_difference", "score_lr"),
-}
 PAGES = {
     "Accuracy": {
         "top-1": ["train/top1", "heldout/top1", "test/top1"],
@@ -123,19 +119,26 @@ class Reporter:
                 "v": means["v"],
                 "loss_difference": means["loss_difference"],
             }
-            scores = {name: layer.scores for name, layer in network.layers.items()}
-            self.board.score_histograms(run.epoch, scores)
-            self.board.score_map(run.epoch, scores)
-        self.board.scalars(run.epoch, {TAGS[name]: value for name, value in values.items()})
-        self.board.flush()
-        row = {"epoch": run.epoch, "phase": run.phase, **{name: values.get(name, "") for name in TAGS}}
-        append_row(self.table, {**row, "epoch_seconds": run.epoch_seconds})
+        try:
+            self._write(run, values)
+        except OSError as error:  # such as a full disk: no reason to lose the training
+            announce(f"warning: the report of epoch {run.epoch} could not be written ({error}); training goes on")
         heldout_text = f"held-out {heldout['top1']:.2f} %, " if heldout else ""
         announce(
             f"{run.phase} epoch {run.epoch}: train loss {values['train_loss']:.3f}, {heldout_text}"
             f"test {test['top1']:.2f} % with {100 * values['subnet_flops_ratio']:.1f} % of the dense FLOPs, "
             f"{values['step_ms']:.0f} ms a step"
         )
+
+    def _write(self, run: RunState, values: dict[str, float]) -> None:
+        self.board.scalars(run.epoch, {TAGS[name]: value for name, value in values.items()})
+        if run.search is not None:
+            scores = {name: layer.scores for name, layer in run.network.layers.items()}
+            self.board.score_histograms(run.epoch, scores)
+            self.board.score_map(run.epoch, scores)
+        self.board.flush()
+        row = {"epoch": run.epoch, "phase": run.phase, **{name: values.get(name, "") for name in TAGS}}
+        append_row(self.table, {**row, "epoch_seconds": run.epoch_seconds})
 
     def _batch_size(self, run: RunState) -> int:
         finetuning = run.phase == "finetune"
