@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import trainers.recipe
+from args import parse_args
 from main import main
 from utils.checkpoint import differences, load
 
@@ -134,6 +135,7 @@ def test_a_run_stopped_anywhere_and_resumed_ends_bit_equal(program, monkeypatch,
     said = capsys.readouterr().out
     assert "go on with: python main.py --resume runs/tiny/parts/prune_rate=0.5" in said
     assert program("--resume", name="parts") == 0
+    assert parse_args(["--config", str(folder_of("parts") / "config.yaml")]).config.run.resume is None
 
     for file in ("checkpoints/last.pt", "checkpoints/best.pt"):
         whole, parts = (load(folder_of(name) / file) for name in ("whole", "parts"))

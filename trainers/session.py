@@ -99,7 +99,8 @@ def _train(
     with lock(folder), StopRequest() as stop:
         origin = None if config.run.resume else arguments.origin
         facts = environment_facts(run.network.device)
-        write_facts(folder, config_yaml=config_to_yaml(config, origin), command=["python", *command], environment=facts)
+        again = config_to_yaml(replace(config, run=replace(config.run, resume=None)), origin)  # trains, not resumes
+        write_facts(folder, config_yaml=again, command=["python", *command], environment=facts)
         reporter = Reporter(folder, config, data, run.epoch)
         try:
             Recipe(config, data, run, reporter, stop).execute()
