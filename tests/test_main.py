@@ -312,5 +312,5 @@ def test_cheaper_structure_steps_cost_less_in_the_ledger(program):
         assert program(*constant, *options, name=name) == 0
         ratios.append(json.loads((folder_of(name) / "summary.json").read_text())["train_flops_ratio"])
     every, third, parts = ratios
-    assert third < 0.9 * every  # two thirds of the steps run 3 instead of 4 forward-equivalents
+    assert third < 0.95 * every  # five of eight steps run 3 instead of 4 forward-equivalents; choosing costs the same
     assert parts == pytest.approx(every, rel=0.25)
