@@ -4,41 +4,76 @@ import pytest
 import torch
 
 import trainers.default
-from args import parse_args
+from args import Config, parse_args
+from trainers.default import StepSettings, draw_masks, train_step
 from trainers.recipe import Recipe
 from trainers.session import load_data
 from trainers.state import new_run
 
-OPTIONS = """--set FashionMNIST-mini --arch vgg16 --width-mult 0.0625 --keep-ratio 0.3 --score-lr 0.2 --epochs 5
-    --batch-size 64 --bn-batches 10 --no-finetune"""
+OPTIONS = [
+    *("--set", "FashionMNIST-mini", "--arch", "vgg16", "--width-mult", "0.0625"),
+    *("--batch-size", "64", "--bn-batches", "10", "--no-finetune"),
+]
 
 
-def accuracy_of_the_top_scored_subnet() -> float:
-    """Trains a VGG-16 of 264 units from its first step at 30 %; test accuracy in per cent."""
-    config = parse_args(OPTIONS.split()).config
+def recipe_of(*options: str) -> Recipe:
+    config = parse_args([*OPTIONS, *options]).config
     data = load_data(config, torch.device("cpu"))
-    recipe = Recipe(config, data, new_run(config, data, torch.device("cpu")), reporter=None, stop=None)
-    steps = data.train.num_train_batches(config.train.batch_size)
-    for recipe.run.epoch in range(config.train.epochs):
-        batches = data.train.train_batches(config.train.batch_size, config.run.seed, recipe.run.epoch)
-        for recipe.run.step, (images, labels) in enumerate(batches):
-            recipe.step(images, labels, recipe.settings(recipe.run.step, steps))
-    subnet = recipe.current_subnet(config.sparsity.keep_ratio)
-    return recipe.evaluate_on(subnet, data.test)["top1"]
+    return Recipe(config, data, new_run(config, data, torch.device("cpu")), reporter=None, stop=None)
+
+
+def top1_of_the_top_scored_subnet(recipe: Recipe, config: Config) -> float:
+    """Test accuracy in per cent."""
+    return recipe.evaluate_on(recipe.current_subnet(config.sparsity.keep_ratio), recipe.data.test)["top1"]
+
+
+@pytest.mark.timeout(600)
+def test_training_at_30_per_cent_from_the_first_step_learns():
+    """A VGG-16 of 264 units, four epochs; chance is 10 %."""
+    recipe = recipe_of("--keep-ratio", "0.3", "--score-lr", "0.2", "--epochs", "4")
+    run, config = recipe.run, recipe.config
+    steps = recipe.data.train.num_train_batches(config.train.batch_size)
+    for run.epoch in range(config.train.epochs):
+        batches = recipe.data.train.train_batches(config.train.batch_size, config.run.seed, run.epoch)
+        for run.step, (images, labels) in enumerate(batches):
+            recipe.step(images, labels, recipe.settings(run.step, steps))
+    assert top1_of_the_top_scored_subnet(recipe, config) >= 50
+
+
+def accuracy_of_learned_structure() -> float:
+    """Trains all weights for two epochs, freezes them, and lets the scores alone choose one half of the units."""
+    recipe = recipe_of("--keep-ratio", "0.5", "--budget-schedule", "cubic")
+    search, config = recipe.run.search, recipe.config
+    train = recipe.data.train
+    for epoch in range(2):
+        for images, labels in train.train_batches(64, 0, epoch):
+            train_step(search, images, labels, StepSettings(weight_lr=0.05, kept_fraction=1.0), config)
+    search.network.scores.data.fill_(0.5)
+    search.draw = draw_masks(search.network, search.generator, 2)
+    for epoch in range(2, 5):
+        for images, labels in train.train_batches(64, 0, epoch):
+            settings = StepSettings(weight_lr=0.0, score_lr=0.05, kept_fraction=0.5)
+            train_step(search, images, labels, settings, config)
+    return top1_of_the_top_scored_subnet(recipe, config)
 
 
 @pytest.mark.timeout(600)
 def test_the_scores_learn_from_the_losses_and_not_from_tossed_coins(monkeypatch):
-    """Measured when written (seeds 0 and 1): 74.2 and 73.8 % against 70.1 and 65.9 % with coins; chance is 10 %."""
-    learned = accuracy_of_the_top_scored_subnet()
+    """With frozen weights, so that nothing but the choice of units can help.
+
+    Measured when written (seeds 0 and 1): 41.2 and 39.4 % against 16.2 and 11.2 % with coins; chance is 10 %. While the
+    weights train too, five epochs of this small network do not show the difference (74.8 against 77.4 % at keep 0.3,
+    seed 0): the weights adapt to whatever is kept.
+    """
+    learned = accuracy_of_learned_structure()
     coins = torch.Generator().manual_seed(0)
     estimate = trainers.default.calculateGrad
 
-    def toss(scores, masks_KU, losses_K, alpha):
+    def toss(scores, masks_KU, losses, alpha):
         sign = 2 * torch.randint(2, (), generator=coins) - 1
-        estimate(scores, masks_KU, sign * losses_K, alpha)
+        estimate(scores, masks_KU, sign * losses, alpha)
 
     monkeypatch.setattr(trainers.default, "calculateGrad", toss)
-    tossed = accuracy_of_the_top_scored_subnet()
-    assert learned >= 65
-    assert learned >= tossed + 2
+    tossed = accuracy_of_learned_structure()
+    assert learned >= 28
+    assert learned >= tossed + 12
