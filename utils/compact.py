@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.conv_type import conv2d
-from utils.graph import ChannelGraph, Op
+from utils.graph import ChannelGraph, Op, columns_of
 from utils.plan import Plan
 
 
@@ -153,9 +153,8 @@ class CompactForward:
             return zeros if linear.bias is None else zeros + linear.bias.to(zeros.dtype)
         source = self.graph.ops[op.inputs[0]].space
         columns, per_channel = plan.index[source], self.graph.columns_per_channel(op)
-        if columns is not None and per_channel > 1:  # behind a flatten, a channel is a run of columns
-            offsets = torch.arange(per_channel, device=columns.device)
-            columns = (columns.unsqueeze(1) * per_channel + offsets).flatten()
+        if columns is not None:
+            columns = columns_of(columns, per_channel)
         weight = gather_weight(linear.weight, None, columns, linear.out_features, plan.widths[source] * per_channel)
         return F.linear(x, weight, linear.bias)
 

@@ -134,6 +134,19 @@ class _ShapeRecorder(fx.Interpreter):
         return result
 
 
+def columns_of(channels: torch.Tensor, per_channel: int) -> torch.Tensor:
+    """The columns of a weight that read some channels: behind a flatten, a channel is a run of columns.
+
+    Args:
+        channels: (C,) int64.
+        per_channel: columns that read one channel, see `ChannelGraph.columns_per_channel`.
+    """
+    if per_channel == 1:
+        return channels
+    offsets = torch.arange(per_channel, device=channels.device)
+    return (channels.unsqueeze(1) * per_channel + offsets).flatten()
+
+
 class ChannelGraph:
     """The traced network with a channel space for every tensor.
 

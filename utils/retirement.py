@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.graph import Op
+from utils.graph import Op, columns_of
 from utils.network import SparseNetwork
 
 
@@ -51,12 +51,14 @@ def store_only(network: SparseNetwork, units_U: np.ndarray, optimizer: torch.opt
     kept = [
         torch.from_numpy(np.flatnonzero(new[old])).to(network.device) for old, new in zip(before, after, strict=True)
     ]
-    for module, reads, writes in _layers(network):
+    for op in _layers(network):
+        module, reads, writes = op.module, _source(network, op), op.space
+        per_channel = network.graph.columns_per_channel(op) if op.kind == "linear" else 1
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if name == "scores" or tensor.dim() == 0:
                 continue
             rows = kept[writes]
-            columns = _columns(module, kept[reads], before[reads]) if tensor.dim() > 1 else None
+            columns = columns_of(kept[reads], per_channel) if tensor.dim() > 1 else None
             state = {} if optimizer is None else optimizer.state.get(tensor, {})
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == tensor.shape:
@@ -68,29 +70,22 @@ def store_only(network: SparseNetwork, units_U: np.ndarray, optimizer: torch.opt
     return num_cut
 
 
-def _layers(network: SparseNetwork) -> list[tuple[nn.Module, int, int]]:
-    """Each layer with parameters once, with the spaces that it reads and writes.
+def _layers(network: SparseNetwork) -> list[Op]:
+    """One op for each layer with parameters.
 
-    A layer that runs more than once keeps everything that any of its runs needs only if its runs agree.
+    Raises: ValueError for a layer that runs more than once, on different channels.
     """
-    wiring: dict[nn.Module, tuple[int, int]] = {}
+    first_runs: dict[nn.Module, Op] = {}
     for op in network.graph.ops:
         if op.kind in ("conv", "norm", "linear"):
-            spaces = (_source(network, op), op.space)
-            if wiring.setdefault(op.module, spaces) != spaces:
+            first = first_runs.setdefault(op.module, op)
+            if (_source(network, first), first.space) != (_source(network, op), op.space):
                 raise ValueError(f"{op.node.target} runs on different channels; units cannot retire from it")
-    return [(module, *spaces) for module, spaces in wiring.items()]
+    return list(first_runs.values())
 
 
 def _source(network: SparseNetwork, op: Op) -> int:
     return network.graph.ops[op.inputs[0]].space
-
-
-def _columns(module: nn.Module, kept: Tensor, before: np.ndarray) -> Tensor:
-    """Columns of a weight that read kept channels: behind a flatten a linear layer has several for each."""
-    per_channel = module.in_features // int(before.size) if isinstance(module, nn.Linear) else 1
-    offsets = torch.arange(per_channel, device=kept.device)
-    return (kept.unsqueeze(1) * per_channel + offsets).flatten()
 
 
 def _cut(tensor: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ class Subnet:
 
     Attributes:
         mask_U: (U,) bool on the host.
-        statistics: full-width running mean and variance of every batch-norm under this mask.
+        statistics: running mean and variance of every batch-norm, of the channels stored at that time.
     """
 
     mask_U: np.ndarray
