@@ -82,6 +82,16 @@ MASKS = {
         },
         "projection empty": {"block3.shortcut": NOTHING, "block3.conv2": [0, 4]},
     },
+    "mixed": {
+        "random": {},
+        "one channel each": {name: [width // 2] for name, width in NETWORKS["mixed"].LAYERS.items()},
+        "all": {name: range(width) for name, width in NETWORKS["mixed"].LAYERS.items()},
+        "the filtered branch empty": {"expand": NOTHING, "project": NOTHING},
+        "a filter of nothing": {"expand": NOTHING, "project": [0, 2], "stem": [1, 2]},
+        "nothing grown": {"grow": NOTHING},
+        "nothing merged": {"merge": NOTHING},
+        "only the stream concatenated": {"grow": NOTHING, "merge": NOTHING},
+    },
 }
 CASES = [(kind, case) for kind, cases in MASKS.items() for case in cases]
 PADDING = (1, 4, 5, 16)  # multiples to which channel counts are padded: none, some, across the width, always in full

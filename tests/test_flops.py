@@ -57,12 +57,32 @@ def gathered_parameters(network: SparseNetwork, plan: Plan) -> int:
     return total
 
 
-def joined(keep: dict[str, np.ndarray], writers: tuple[str, ...]) -> np.ndarray | None:
+def joined(keep: dict[str, np.ndarray], writers: tuple[str | tuple[str, ...], ...]) -> np.ndarray | None:
+    """Live channels of what some layers write; a tuple in the tuple is one part of a concatenation."""
+    if writers and isinstance(writers[0], tuple):
+        return np.concatenate([joined(keep, part) for part in writers])
     return np.logical_or.reduce([keep[name] for name in writers]) if writers else None
 
 
-def network_wiring(network: SparseNetwork) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+def network_wiring(network: SparseNetwork) -> dict[str, tuple[tuple, tuple]]:
     """Who writes what each layer reads and what it hands on: written down by hand for each toy network."""
+    if "merge" in network.layers:
+        stream, wide = ("stem", "project"), (("stem", "project"), ("grow",))
+        return {
+            "stem": ((), ("stem",)),
+            "bn": ((), ("stem",)),
+            "expand": (("stem",), ("expand",)),
+            "bn1": ((), ("expand",)),
+            "filter": ((), ("expand",)),
+            "bn2": ((), ("expand",)),
+            "project": (("expand",), ("project",)),
+            "bn3": ((), ("project",)),
+            "grow": (stream, ("grow",)),
+            "bn4": ((), wide),
+            "merge": (wide, ("merge",)),
+            "thin": ((), (("merge",), *wide)),
+            "linear": ((("merge",), *wide), ()),
+        }
     if "stem" in network.layers:
         stream1, stream2 = ("stem", "block1.conv2"), ("stem", "block1.conv2", "block2.conv2")
         out = ("block3.conv2", "block3.shortcut")
@@ -116,7 +136,7 @@ TOY_MASKS = [
     {},
     {"layer1.0.conv1": (), "layer2.0.conv1": (), "block1.conv1": (), "block3.conv2": ()},
     {"layer1.0.conv2": (), "layer2.0.shortcut.0": (), "block2.conv2": (), "block3.shortcut": ()},
-    {"conv1": [2], "conv2": [1], "conv3": [0], "stem": [3]},
+    {"conv1": [2], "conv2": [1], "conv3": [0], "stem": [3], "grow": (), "expand": ()},
 ]
 
 
@@ -143,7 +163,7 @@ def test_toy_networks(kind, case):
 def test_networks_of_the_registry(arch, width_mult, size, case):
     """Zero channels too: where the guard permits (a branch, one of a pair), else it leaves one."""
     image_shape = (3, size, size)
-    model = build_model(ModelConfig(arch=arch, width_mult=width_mult), 0.5, 10, 3)
+    model = build_model(ModelConfig(arch=arch, width_mult=width_mult), 0.5, 10, 3, 32)
     network = SparseNetwork(model, image_shape)
     random = np.random.default_rng(3)
     mask_U = {
@@ -200,7 +220,7 @@ def test_resnet20_he_against_the_published_size():
 
     Ours project instead: 16 x 32 and 32 x 64 weights with a batch-norm each, read once per output pixel.
     """
-    network = SparseNetwork(build_model(ModelConfig(arch="resnet20_he"), 0.5, 10, 3), (3, 32, 32))
+    network = SparseNetwork(build_model(ModelConfig(arch="resnet20_he"), 0.5, 10, 3, 32), (3, 32, 32))
     stem = 3 * 16 * 9
     stage1 = 6 * 16 * 16 * 9
     stage2 = 16 * 32 * 9 + 5 * 32 * 32 * 9
@@ -218,7 +238,7 @@ def test_resnet20_he_against_the_published_size():
 
 def test_vgg16_against_the_published_size():
     """Li et al. (2017) give 3.13e8 multiply-adds for their CIFAR VGG-16, its 512 -> 512 hidden layer included."""
-    network = SparseNetwork(build_model(ModelConfig(arch="vgg16"), 0.5, 10, 3), (3, 32, 32))
+    network = SparseNetwork(build_model(ModelConfig(arch="vgg16"), 0.5, 10, 3, 32), (3, 32, 32))
     widths, sides = (64, 64, 128, 128, *[256] * 3, *[512] * 6), (32, 32, 16, 16, *[8] * 3, *[4] * 3, *[2] * 3)
     channels = (3, *widths)
     convs = [channels[i] * channels[i + 1] * 9 for i in range(13)]
@@ -228,7 +248,7 @@ def test_vgg16_against_the_published_size():
 
 
 def test_half_the_channels_of_a_chain_cost_a_quarter():
-    model = build_model(ModelConfig(arch="vgg16", width_mult=0.125), 0.5, 10, 3)
+    model = build_model(ModelConfig(arch="vgg16", width_mult=0.125), 0.5, 10, 3, 32)
     network = SparseNetwork(model, (3, 32, 32))
     half = np.concatenate([np.arange(c.out_channels) % 2 == 0 for c in network.layers.values()])
     macs = network.graph.layer_macs(network.plan(half).counts)

@@ -198,7 +198,7 @@ REFUSED_MODULES = {
     "group norm": (nn.GroupNorm(2, 4), 4, "middle (GroupNorm)"),
     "instance norm": (nn.InstanceNorm2d(4), 4, "middle (InstanceNorm2d)"),
     "transposed conv": (nn.ConvTranspose2d(4, 4, 1), 4, "middle (ConvTranspose2d)"),
-    "grouped conv": (nn.Conv2d(4, 4, 3, padding=1, groups=2), 4, "middle (Conv2d): it is a grouped convolution"),
+    "grouped conv": (nn.Conv2d(4, 4, 3, padding=1, groups=2), 4, "middle (PlainConv): it is a grouped convolution"),
     "channel mean": (Function(lambda x: x.mean(1, keepdim=True)), 1, "mean"),
     "channel mean in a tuple": (Function(lambda x: x.mean((1,), keepdim=True)), 1, "mean"),
     "channel mean among others": (Function(lambda x: x.mean((1, 2, 3), keepdim=True)), 1, "mean"),

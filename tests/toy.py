@@ -138,7 +138,40 @@ class IdentityBlock(PreActivationBlock):
         self.conv2 = nn.Conv2d(inner, channels, 3, padding=1, bias=False)
 
 
-NETWORKS = {"released": ReleasedNet, "plain": PlainNet, "preactivation": PreActivationNet}
+class MixedNet(nn.Module):
+    """Depthwise convs (one with a shift, one on a concatenated map), an addition, a nested concatenation."""
+
+    LAYERS: ClassVar = {"stem": 5, "expand": 6, "project": 5, "grow": 3, "merge": 4}
+    VITAL = (("stem",),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(5)
+        self.expand = nn.Conv2d(5, 6, 1, bias=True)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.filter = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=True)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.project = nn.Conv2d(6, 5, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(5)
+        self.grow = nn.Conv2d(5, 3, 3, padding=1, bias=True)
+        self.bn4 = nn.BatchNorm2d(8)
+        self.merge = nn.Conv2d(8, 4, 1, bias=False)
+        self.thin = nn.Conv2d(12, 12, 3, stride=2, padding=1, groups=12, bias=False)
+        self.linear = nn.Linear(12 * 4 * 4, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(x)), inplace=True)
+        inner = F.relu6(self.bn1(self.expand(x)))
+        inner = F.relu6(self.bn2(self.filter(inner)))
+        x = x + self.bn3(self.project(inner))
+        x = torch.cat([x, self.grow(x)], 1)
+        x = F.relu(self.bn4(x), inplace=True)
+        x = torch.cat([self.merge(x), x], dim=1)
+        return self.linear(torch.flatten(self.thin(x), 1))
+
+
+NETWORKS = {"released": ReleasedNet, "plain": PlainNet, "preactivation": PreActivationNet, "mixed": MixedNet}
 
 
 @dataclass
@@ -222,7 +255,28 @@ def preactivation_reference(run: Reference, images: Tensor) -> Tensor:
     return run.net.linear(run.norm("bn", x, live).relu().mean((2, 3)))
 
 
-REFERENCES = {"released": released_reference, "plain": plain_reference, "preactivation": preactivation_reference}
+def mixed_reference(run: Reference, images: Tensor) -> Tensor:
+    """`MixedNet`: a depthwise conv leaves a channel that does not exist at zero, its shift notwithstanding."""
+    m, net = run.masks, run.net
+    x = run.norm("bn", run.conv("stem", images), m["stem"]).relu()
+    inner = run.norm("bn1", run.conv("expand", x), m["expand"]).clamp(0, 6)
+    inner = net.filter(inner) * m["expand"].view(-1, 1, 1)
+    inner = run.norm("bn2", inner, m["expand"]).clamp(0, 6)
+
+    x = x + run.norm("bn3", run.conv("project", inner), m["project"])
+    stream = torch.maximum(m["stem"], m["project"])
+    x = torch.cat([x, run.conv("grow", x)], 1)
+    x = run.norm("bn4", x, torch.cat([stream, m["grow"]])).relu()
+    x = torch.cat([run.conv("merge", x), x], 1)
+    return net.linear(net.thin(x).reshape(len(x), -1))
+
+
+REFERENCES = {
+    "released": released_reference,
+    "plain": plain_reference,
+    "preactivation": preactivation_reference,
+    "mixed": mixed_reference,
+}
 
 
 def randomise(net: nn.Module, seed: int) -> nn.Module:

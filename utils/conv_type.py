@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def conv2d(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`conv` applied to x with (a part of) its weight.
+    """`conv` applied to x with (a part of) its weight; a depthwise one filters as many channels as x has.
 
     A 1x1 convolution with a stride reads every stride-th pixel only, so they are picked first: the same numbers. Left
     to oneDNN (torch 2.14.1, AVX2, channels_last) its weight gradient corrupts the heap for 2 to 6 input channels.
@@ -24,7 +24,12 @@ def conv2d(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     stride = conv.stride
     if conv.kernel_size == (1, 1) and conv.padding == (0, 0) and stride != (1, 1):
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
-    return F.conv2d(x, weight, bias, stride, conv.padding, conv.dilation, conv.groups)
+    return F.conv2d(x, weight, bias, stride, conv.padding, conv.dilation, groups=x.shape[1] // weight.shape[1])
+
+
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether a convolution filters every channel by itself. Such a layer has no units: it follows its input's."""
+    return 1 < conv.groups == conv.in_channels == conv.out_channels
 
 
 class PlainConv(nn.Conv2d):
@@ -66,6 +71,8 @@ class VRPGE(SubnetConv):
         """
         if type(conv) not in (nn.Conv2d, PlainConv):
             raise ValueError(f"cannot mask a {type(conv).__name__}: only plain nn.Conv2d layers can get scores")
+        if conv.groups != 1:
+            raise ValueError("cannot mask a grouped convolution: a depthwise one follows the channels that it filters")
         conv.__class__ = cls
         conv.scores = nn.Parameter(torch.full((conv.out_channels,), score_init), requires_grad=False)
         return conv
@@ -96,21 +103,27 @@ class SubnetBatchNorm(nn.BatchNorm2d):
         return y if self.live is None else y * self.live.view(-1, 1, 1)
 
 
-def sparsify(model: nn.Module, maskable: Iterable[str], score_init: float) -> nn.Module:
-    """Makes the named convolutions of a plain network maskable, and every batch-norm aware of live channels.
+def sparsify(model: nn.Module, maskable: Iterable[str] | None = None, score_init: float = 0.5) -> nn.Module:
+    """Makes convolutions of a plain network maskable, and what follows them aware of live channels.
 
     Args:
         model: any network of `nn.Conv2d` and `nn.BatchNorm2d`; changed in place, weights untouched.
-        maskable: names of its `nn.Conv2d` modules that get scores.
+        maskable: names of its `nn.Conv2d` modules that get scores; None: all that mix channels, the depthwise ones
+            follow.
         score_init: start value of every score, in (0, 1].
-    Raises: ValueError where there is nothing to mask.
+    Raises: ValueError where there is nothing to mask, or for a layer that cannot be.
     """
+    if maskable is None:
+        convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        maskable = [name for name, conv in convs.items() if not is_depthwise(conv)]
     names = list(maskable)
     if not names:
         raise ValueError("no layer is left to mask; leave first_layer_dense / last_layer_dense off")
     for name in names:
         VRPGE.from_conv2d(model.get_submodule(name), score_init)
     for module in model.modules():
+        if type(module) in (nn.Conv2d, PlainConv):
+            module.__class__ = SubnetConv if is_depthwise(module) else PlainConv
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SubnetBatchNorm
     return model

@@ -1,9 +1,10 @@
 """How channels flow through a network: traced once, then read by every draw of a mask.
 
 Each tensor of the forward pass has a *space*: the set of its channels that exist under a mask. A maskable convolution
-opens a space of its own units; batch-norm, activation and pooling hand a space on; an addition joins two spaces
-(a channel is live once any writer kept it); everything else is full. That is all that compact execution, the masked
-reference, the cost count and the layer guard need to know about a network.
+opens a space of its own units; batch-norm, activation, pooling and depthwise convolutions hand a space on; an addition
+joins two spaces (a channel is live once any writer kept it); a concatenation puts them side by side; everything else is
+full. That is all that compact execution, the masked reference, the cost count and the layer guard need to know about a
+network.
 """
 
 from __future__ import annotations
@@ -20,25 +21,48 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from utils.conv_type import VRPGE, PlainConv, SubnetBatchNorm, SubnetConv, subnet_convs
+from utils.conv_type import VRPGE, PlainConv, SubnetBatchNorm, SubnetConv, is_depthwise, subnet_convs
 
 
 @dataclass(frozen=True)
-class Space:
-    """Channels of a tensor, as the units that can bring them to life.
+class Segment:
+    """A run of channels that the same layers write.
 
     Attributes:
         width: number of channels of the full network.
-        writers: first unit of each maskable layer that writes into the tensor (its units are `first + channel`);
+        writers: first unit of each maskable layer that writes into the run (its units are `first + channel`);
             a channel is live if any writer kept it. Empty: every channel always exists.
     """
 
     width: int
     writers: frozenset[int]
 
+
+@dataclass(frozen=True)
+class Space:
+    """Channels of a tensor, as the units that can bring them to life; several segments behind a concatenation."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def width(self) -> int:
+        """Number of channels of the full network."""
+        return sum(segment.width for segment in self.segments)
+
+    @property
+    def writers(self) -> frozenset[int]:
+        """First unit of each maskable layer that writes into the tensor."""
+        return frozenset().union(*(segment.writers for segment in self.segments))
+
     @property
     def full(self) -> bool:
+        """Whether all channels always exist."""
         return not self.writers
+
+    @property
+    def never_empty(self) -> bool:
+        """Whether some channels always exist."""
+        return any(not segment.writers for segment in self.segments)
 
 
 @dataclass(frozen=True)
@@ -46,7 +70,8 @@ class Op:
     """One node of the forward pass.
 
     Attributes:
-        kind: "input", "conv", "norm", "pointwise" (any map of channels that takes 0 to 0), "add", "linear", "output".
+        kind: "input", "conv", "depthwise" (a convolution that filters channel by channel), "norm", "pointwise" (any map
+            of channels that takes 0 to 0), "add", "concat", "linear", "output".
         node: its fx node (arguments, target).
         module: the layer, where there is one.
         inputs: the ops whose results it reads.
@@ -62,7 +87,10 @@ class Op:
     shape: tuple[int, ...]
 
 
-POINTWISE_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Identity)
+POINTWISE_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Identity),
+    *(nn.Dropout, nn.Dropout2d),  # with p=0 only
+)
 POOLING_MODULES = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
 POINTWISE_FUNCTIONS: set[Callable | str] = {
     *(F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.hardswish, torch.relu, torch.tanh),
@@ -70,6 +98,7 @@ POINTWISE_FUNCTIONS: set[Callable | str] = {
     *("relu", "relu_", "tanh", "mean", "flatten", "contiguous"),
 }
 ADDITIONS: set[Callable | str] = {operator.add, operator.iadd, torch.add, "add", "add_"}
+CONCATENATIONS: set[Callable | str] = {torch.cat, torch.concat, torch.concatenate}
 
 
 def _unfollowed(what: str, reason: str) -> ValueError:
@@ -81,8 +110,8 @@ def _module_refusal(module: nn.Module) -> str | None:
     if isinstance(module, nn.Conv2d):
         if type(module) not in (nn.Conv2d, PlainConv, SubnetConv, VRPGE):
             return "it is a convolution of its own kind"
-        if module.groups != 1:
-            return "it is a grouped convolution"
+        if module.groups != 1 and not is_depthwise(module):
+            return "it is a grouped convolution; only depthwise ones, which filter each channel by itself, are known"
         if module.padding_mode != "zeros":
             return f"its padding_mode is {module.padding_mode!r}, only 'zeros' is known"
     if isinstance(module, nn.BatchNorm2d):
@@ -90,6 +119,8 @@ def _module_refusal(module: nn.Module) -> str | None:
             return "it is a batch-norm of its own kind"
         if not module.affine or not module.track_running_stats or module.momentum is None:
             return "it needs scale and shift, running statistics and a momentum"
+    if isinstance(module, nn.Dropout | nn.Dropout2d) and module.p > 0:
+        return "its noise would enter the differences of losses that the scores learn from; set its p to 0"
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
         return "only flatten from dimension 1 to the last is known"
     return None
@@ -114,6 +145,12 @@ def _node_refusal(op: fx.Node, module: nn.Module | None) -> str | None:
             return "it adds with a factor"
         if op.target in (operator.iadd, "add_") and len(op.args[0].users) > 1:
             return "it changes a tensor in place that is read elsewhere too"
+    if op.target in CONCATENATIONS:
+        dim = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
+        if dim not in (1, -3) or any(len(shape) != 3 for shape in shapes):
+            return "only a concatenation of maps by their channels, dim=1, is known"
+        if len(shapes) < len(op.args[0] if op.args else op.kwargs["tensors"]):
+            return "it reads a tensor twice"
     return None
 
 
@@ -145,6 +182,19 @@ def columns_of(channels: torch.Tensor, per_channel: int) -> torch.Tensor:
         return channels
     offsets = torch.arange(per_channel, device=channels.device)
     return (channels.unsqueeze(1) * per_channel + offsets).flatten()
+
+
+def _joined(one: Space, other: Space) -> tuple[Segment, ...]:
+    """The segments of a sum.
+
+    Raises: ValueError for maps that were concatenated at different places.
+    """
+    if one.full or other.full:
+        return (Segment(one.width, frozenset()),)
+    if [segment.width for segment in one.segments] != [segment.width for segment in other.segments]:
+        raise _unfollowed("an addition", "the maps that it adds were concatenated from different numbers of channels")
+    pairs = zip(one.segments, other.segments, strict=True)
+    return tuple(Segment(a.width, a.writers | b.writers if a.writers and b.writers else frozenset()) for a, b in pairs)
 
 
 class ChannelGraph:
@@ -206,8 +256,8 @@ class ChannelGraph:
         """For each maskable layer the first one whose result its own is added to, however indirectly."""
         name_of = {first: name for name, first in self.first_unit.items()}
         tied_to = {name: name for name in self.first_unit}
-        for space in self.spaces:
-            streams = {tied_to[name_of[first]] for first in space.writers}
+        for segment in (segment for space in self.spaces for segment in space.segments):
+            streams = {tied_to[name_of[first]] for first in segment.writers}
             if len(streams) > 1:
                 earliest = min(streams, key=lambda name: self.first_unit[name])
                 tied_to = {name: earliest if owner in streams else owner for name, owner in tied_to.items()}
@@ -215,16 +265,18 @@ class ChannelGraph:
 
     def live_channels(self, mask_U: np.ndarray) -> list[np.ndarray]:
         """For each space the channels that exist under a mask: (width,) bool."""
-        live = []
-        for space in self.spaces:
-            channels = np.ones(space.width, dtype=bool)
-            if not space.full:
-                channels = np.logical_or.reduce([mask_U[first : first + space.width] for first in space.writers])
-            live.append(channels)
-        return live
+        live = {
+            segment: np.logical_or.reduce([mask_U[first : first + segment.width] for first in segment.writers])
+            if segment.writers
+            else np.ones(segment.width, dtype=bool)
+            for segment in {segment for space in self.spaces for segment in space.segments}
+        }
+        return [np.concatenate([live[segment] for segment in space.segments]) for space in self.spaces]
 
-    def _space(self, width: int, writers: frozenset[int] = frozenset()) -> int:
-        space = Space(width, writers)
+    def _space(self, *segments: Segment) -> int:
+        if all(not segment.writers for segment in segments):
+            segments = (Segment(sum(segment.width for segment in segments), frozenset()),)
+        space = Space(segments)
         if space not in self.spaces:
             self.spaces.append(space)
         return self.spaces.index(space)
@@ -240,38 +292,40 @@ class ChannelGraph:
         if node.op.startswith("call") and (reason := _node_refusal(node, module)):
             raise _unfollowed(what, reason)
         if node.op == "placeholder":
-            return "input", self._space(node.meta["shape"][0])
+            return "input", self._space(Segment(node.meta["shape"][0], frozenset()))
         space = self.ops[inputs[0]].space if inputs else -1
         if node.op == "output":
             return "output", space
         if isinstance(module, VRPGE):
-            return "conv", self._space(module.out_channels, frozenset({self.first_unit[str(node.target)]}))
+            return "conv", self._space(Segment(module.out_channels, frozenset({self.first_unit[str(node.target)]})))
+        if isinstance(module, nn.Conv2d) and is_depthwise(module):
+            return "depthwise", space
         if isinstance(module, nn.Conv2d):
-            return "conv", self._space(module.out_channels)
+            return "conv", self._space(Segment(module.out_channels, frozenset()))
         if isinstance(module, nn.BatchNorm2d):
             return "norm", space
         if isinstance(module, nn.Linear):
-            return "linear", self._space(module.out_features)
+            return "linear", self._space(Segment(module.out_features, frozenset()))
         if isinstance(module, POINTWISE_MODULES + POOLING_MODULES):
             return "pointwise", space
         if module is None and node.target in POINTWISE_FUNCTIONS and len(inputs) == 1:
             return "pointwise", space
         if module is None and node.target in ADDITIONS and len(inputs) == 2:
-            one, other = (self.spaces[self.ops[i].space] for i in inputs)
-            writers = frozenset() if one.full or other.full else one.writers | other.writers
-            return "add", self._space(one.width, writers)
+            return "add", self._space(*_joined(*(self.spaces[self.ops[i].space] for i in inputs)))
+        if module is None and node.target in CONCATENATIONS:
+            return "concat", self._space(*(s for i in inputs for s in self.spaces[self.ops[i].space].segments))
         raise _unfollowed(what, "it is not a known layer or operation")
 
     def _find_vital_groups(self) -> list[np.ndarray]:
         """Sets of layers of which one must keep a unit: dropping all of them cuts every path to the output."""
         groups: set[frozenset[int]] = set()
         for op in self.ops:
-            if op.kind in ("conv", "linear", "norm"):
-                writers = self.spaces[self.ops[op.inputs[0]].space].writers
-                if writers and not self._has_path_without(writers):
-                    groups.add(writers)
+            if op.kind in ("conv", "depthwise", "linear", "norm"):
+                space = self.spaces[self.ops[op.inputs[0]].space]
+                if not space.never_empty and not self._has_path_without(space.writers):
+                    groups.add(space.writers)
         smallest = [group for group in groups if not any(other < group for other in groups)]
-        widths = {next(iter(s.writers)): s.width for s in self.spaces if len(s.writers) == 1}
+        widths = {first: segment.width for s in self.spaces for segment in s.segments for first in segment.writers}
         return [
             np.concatenate([np.arange(first, first + widths[first]) for first in sorted(group)])
             for group in sorted(smallest, key=sorted)
@@ -294,10 +348,10 @@ class ChannelGraph:
         """Multiply-adds of one image per convolution and linear layer, for live channels per space."""
         macs = {}
         for op in self.ops:
-            if op.kind in ("conv", "linear"):
-                read = live_counts[self.ops[op.inputs[0]].space]
+            if op.kind in ("conv", "depthwise", "linear"):
+                read = 1 if op.kind == "depthwise" else live_counts[self.ops[op.inputs[0]].space]
                 written = live_counts[op.space]
-                if op.kind == "conv":
+                if op.kind != "linear":
                     per_pair = prod(op.module.kernel_size) * prod(op.shape[1:])
                 else:
                     per_pair = self.columns_per_channel(op)
@@ -309,10 +363,12 @@ class ChannelGraph:
         """Weights, shifts and scales that belong to live channels, per layer."""
         parameters = {}
         for op in self.ops:
-            if op.kind not in ("conv", "linear", "norm"):
+            if op.kind not in ("conv", "depthwise", "linear", "norm"):
                 continue
             read, written = live_counts[self.ops[op.inputs[0]].space], live_counts[op.space]
             count = 2 * written if op.kind == "norm" else 0
+            if op.kind == "depthwise":
+                count = written * prod(op.module.kernel_size)
             if op.kind == "conv":
                 count = read * written * prod(op.module.kernel_size)
             if op.kind == "linear":

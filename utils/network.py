@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.compact import CompactForward
-from utils.conv_type import SubnetBatchNorm, SubnetConv, subnet_convs
+from utils.conv_type import VRPGE, SubnetBatchNorm, SubnetConv, subnet_convs
 from utils.graph import ChannelGraph
 from utils.masks import keep_one_unit
 from utils.plan import Plan, make_plan, preferred_multiple
@@ -87,6 +87,10 @@ class SparseNetwork:
         """Everything that is trained by backward: all parameters but the scores."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def clear_gradients(self) -> None:
+        """Before a backward: no parameter has a gradient other than zero."""
+        self._compact.gradients.clear(self.weight_parameters())
+
     def plan(self, mask_U: np.ndarray) -> Plan:
         """The channels of a pass under a drawn mask, the layer guard applied (see `keep_one_unit`).
 
@@ -118,8 +122,8 @@ class SparseNetwork:
         for op in self.graph.ops:
             if isinstance(op.module, SubnetConv | SubnetBatchNorm):
                 live = torch.from_numpy(plan.live[op.space]).to(self.device)
-                if isinstance(op.module, SubnetConv):
-                    op.module.mask = live
+                if isinstance(op.module, SubnetConv):  # a depthwise one follows, unless the mask is to leak
+                    op.module.mask = live if self.semantics == "unit" or isinstance(op.module, VRPGE) else None
                 else:
                     op.module.live = live if self.semantics == "unit" else None
                     op.module.update_statistics = update_statistics

@@ -58,7 +58,8 @@ def store_only(network: SparseNetwork, units_U: np.ndarray, optimizer: torch.opt
             if name == "scores" or tensor.dim() == 0:
                 continue
             rows = kept[writes]
-            columns = columns_of(kept[reads], per_channel) if tensor.dim() > 1 else None
+            mixes = tensor.dim() > 1 and op.kind != "depthwise"
+            columns = columns_of(kept[reads], per_channel) if mixes else None
             state = {} if optimizer is None else optimizer.state.get(tensor, {})
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == tensor.shape:
@@ -77,7 +78,7 @@ def _layers(network: SparseNetwork) -> list[Op]:
     """
     first_runs: dict[nn.Module, Op] = {}
     for op in network.graph.ops:
-        if op.kind in ("conv", "norm", "linear"):
+        if op.kind in ("conv", "depthwise", "norm", "linear"):
             first = first_runs.setdefault(op.module, op)
             if (_source(network, first), first.space) != (_source(network, op), op.space):
                 raise ValueError(f"{op.node.target} runs on different channels; units cannot retire from it")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,9 +57,10 @@ class ThinNetwork(nn.Module):
         full = op.module
         if reads == 0 or writes == 0:
             return None
-        if op.kind == "conv":
+        if op.kind in ("conv", "depthwise"):
             shape = (full.kernel_size, full.stride, full.padding, full.dilation)
-            return PlainConv(reads, writes, *shape, bias=full.bias is not None)
+            groups = writes if op.kind == "depthwise" else 1
+            return PlainConv(reads, writes, *shape, groups, bias=full.bias is not None)
         if op.kind == "norm":
             return nn.BatchNorm2d(writes, full.eps, full.momentum)
         if op.kind == "linear":
@@ -67,6 +69,9 @@ class ThinNetwork(nn.Module):
 
     def weight_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())
+
+    def clear_gradients(self) -> None:
+        self.zero_grad(set_to_none=True)
 
     def forward(self, images: Tensor, plan: None = None, update_statistics: bool = True) -> Tensor:
         """Logits. The other arguments are those of a `SparseNetwork`, so that the trainer's step can run it."""
@@ -93,6 +98,9 @@ class ThinNetwork(nn.Module):
         if op.kind == "add":
             present = [x for x in operands if x is not None]
             return add_to_first_channels(*present, width) if len(present) == 2 else present[0].clone()
+        if op.kind == "concat":
+            joined = torch.cat([x for x in operands if x is not None], dim=1)
+            return joined if joined.shape[1] == width else F.pad(joined, (0, 0, 0, 0, 0, width - joined.shape[1]))
         return self._pointwise(op, operands[0])
 
     @staticmethod

@@ -1,0 +1,106 @@
+"""Somebody else's networks: torchvision's, converted by `sparsify` and trained compact and masked."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from tests.toy import (
+    batch,
+    config,
+    one_thread,  # noqa: F401
+    randomise,
+)
+from trainers.default import Draw, SearchState, StepSettings, train_step
+from utils.conv_type import sparsify, subnet_convs
+from utils.network import SparseNetwork
+
+IMAGE_SHAPE = (3, 32, 32)
+
+
+def vgg16_bn() -> nn.Module:
+    """With a classifier that reads 2 x 2 pixels and is narrow: 120 million parameters less, the rest as it is."""
+    model = models.vgg16_bn(num_classes=10, dropout=0.0)
+    model.avgpool = nn.AdaptiveAvgPool2d(2)
+    model.classifier[0] = nn.Linear(512 * 2 * 2, 64)
+    model.classifier[3] = nn.Linear(64, 64)
+    model.classifier[6] = nn.Linear(64, 10)
+    return model
+
+
+BUILDERS = {
+    "resnet18": partial(models.resnet18, num_classes=10),
+    "vgg16_bn": vgg16_bn,
+    "mobilenet_v2": partial(models.mobilenet_v2, num_classes=10, dropout=0.0),
+    "densenet121": partial(models.densenet121, num_classes=10),
+}
+
+
+def converted(plain: nn.Module, execution: str, stream: str) -> SparseNetwork:
+    model = sparsify(copy.deepcopy(plain)).double()
+    return SparseNetwork(model, IMAGE_SHAPE, execution, stream=stream)
+
+
+def one_step(network: SparseNetwork, masks_KU: np.ndarray) -> dict[str, torch.Tensor]:
+    """What one training step under given masks leaves: parameters, scores and running statistics."""
+    state = SearchState(
+        network,
+        torch.optim.SGD(network.weight_parameters(), lr=0.1, momentum=0.9),
+        torch.optim.Adam([network.scores], lr=0.01),
+        torch.Generator().manual_seed(0),
+        Draw(torch.from_numpy(masks_KU), [network.plan(mask_U) for mask_U in masks_KU]),
+    )
+    metrics = train_step(state, *batch(4, image_shape=IMAGE_SHAPE), StepSettings(0.1, 0.01, 0.5), config())
+    return {**network.model.state_dict(), **metrics}
+
+
+@pytest.mark.parametrize(
+    ("arch", "stream"),
+    [("resnet18", "free"), ("resnet18", "tied"), ("vgg16_bn", "free"), ("mobilenet_v2", "free"),
+     ("mobilenet_v2", "tied"), ("densenet121", "free")],
+)  # fmt: skip
+def test_a_step_of_torchvisions_networks(arch, stream):
+    torch.manual_seed(0)
+    plain = randomise(BUILDERS[arch](), seed=1)
+    compact, masked = (converted(plain, execution, stream) for execution in ("compact", "masked"))
+    num_convs = sum(isinstance(module, nn.Conv2d) and module.groups == 1 for module in plain.modules())
+    assert len(compact.layers) == num_convs
+    masks_KU = np.random.default_rng(0).random((2, compact.num_units)) < 0.4
+    assert compact.subnet_macs(compact.plan(masks_KU[0])) < 0.4 * compact.dense_macs
+    expected = one_step(masked, masks_KU)
+    for name, value in one_step(compact, masks_KU).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_plain_network_is_the_one_that_keeps_everything():
+    plain = randomise(BUILDERS["densenet121"](), seed=2).double().eval()
+    network = converted(plain, "compact", "free")
+    network.model.eval()
+    images, _ = batch(2, image_shape=IMAGE_SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images, network.dense_plan), plain(images), rtol=1e-9, atol=1e-11)
+
+
+def test_dropout_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"classifier\.0 \(Dropout\).*set its p to 0"):
+        SparseNetwork(sparsify(models.mobilenet_v2(num_classes=10)), IMAGE_SHAPE)
+
+
+def test_a_network_that_cannot_be_followed_is_refused_by_name():
+    with pytest.raises(ValueError, match="channels cannot be followed through"):
+        SparseNetwork(sparsify(models.shufflenet_v2_x0_5(num_classes=10)), IMAGE_SHAPE)
+    with pytest.raises(ValueError, match="grouped convolution"):
+        SparseNetwork(sparsify(models.resnext50_32x4d(num_classes=10), ["conv1"]), IMAGE_SHAPE)
+
+
+def test_depthwise_convolutions_follow_and_have_no_scores():
+    model = sparsify(models.mobilenet_v2(num_classes=10, dropout=0.0))
+    assert all(conv.groups == 1 for conv in subnet_convs(model).values())
+    with pytest.raises(ValueError, match="a depthwise one follows"):
+        sparsify(models.mobilenet_v2(num_classes=10), ["features.1.conv.0.0"])
