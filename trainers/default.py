@@ -60,11 +60,32 @@ class SearchState:
     draw: Draw
 
 
-def draw_masks(network: SparseNetwork, generator: torch.Generator, num_masks: int) -> Draw:
-    """Draws from the current scores. The masks going to the host is the one wait for the device in a step."""
+@dataclass(frozen=True)
+class PendingDraw:
+    """Masks that are drawn, their copy to the host under way. It is the only one in a step."""
+
+    masks_KU: Tensor
+    on_host: Tensor
+    arrived: torch.cuda.Event | None
+
+    def finish(self, network: SparseNetwork) -> Draw:
+        """Waits for the copy, then finds the channels that each mask leaves."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return Draw(self.masks_KU, [network.plan(mask_U) for mask_U in self.on_host.numpy()])
+
+
+def start_draw(network: SparseNetwork, generator: torch.Generator, num_masks: int) -> PendingDraw:
+    """Draws from the current scores and sends the masks to the host, without waiting for the device."""
     masks_KU = sample_masks(network.scores, generator, num_masks)
-    plans = [network.plan(mask_U) for mask_U in masks_KU.cpu().numpy()]
-    return Draw(masks_KU, plans)
+    on_host = masks_KU.to("cpu", non_blocking=True)
+    arrived = torch.cuda.current_stream(masks_KU.device).record_event() if masks_KU.is_cuda else None
+    return PendingDraw(masks_KU, on_host, arrived)
+
+
+def draw_masks(network: SparseNetwork, generator: torch.Generator, num_masks: int) -> Draw:
+    """Draws from the current scores."""
+    return start_draw(network, generator, num_masks).finish(network)
 
 
 def redraw_plans(network: SparseNetwork, draw: Draw) -> Draw:
@@ -138,19 +159,20 @@ def train_step(
     else:
         difference = torch.zeros_like(weight_loss)
     if config.train.clip_jointly:  # one norm over both couples the steps, so backward has to come first
-        _backward(weight_loss, weights)
+        _backward(network, weight_loss, weights)
         torch.nn.utils.clip_grad_norm_([*weights, scores], config.train.clip_norm)
     else:
         torch.nn.utils.clip_grad_norm_([scores], config.train.clip_norm)
     state.score_optimizer.step()  # does nothing where there is no gradient
     v = project_scores_(network, settings.kept_fraction, sparsity.constrain_by_layer)
-    state.draw = draw_masks(network, state.generator, num_masks(sparsity))
+    next_draw = start_draw(network, state.generator, num_masks(sparsity))
 
-    # weight step: chain rule through the kept channels, queued behind the draw so that the host's planning is hidden
+    # weight step: chain rule through the kept channels; a GPU works on it while the host plans the next passes
     if not config.train.clip_jointly:
-        _backward(weight_loss, weights)
+        _backward(network, weight_loss, weights)
         torch.nn.utils.clip_grad_norm_(weights, config.train.clip_norm)
     state.weight_optimizer.step()
+    state.draw = next_draw.finish(network)
 
     size = len(labels)
     return {**_batch_sums(losses[0].detach(), logits, labels), "loss_difference": difference * size, "v": v * size}
@@ -223,7 +245,7 @@ def weight_step(
     weights = network.weight_parameters()
     _set_learning_rate(optimizer, settings.weight_lr)
     loss, logits = forward_loss(network, plan, images, labels, config.train, update_statistics=True)
-    _backward(loss, weights)
+    _backward(network, loss, weights)
     torch.nn.utils.clip_grad_norm_(weights, config.train.clip_norm)
     optimizer.step()
     return _batch_sums(loss.detach(), logits.detach(), labels)
@@ -254,10 +276,9 @@ def _batch_sums(loss: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tenso
     return {"loss": loss * len(labels), "top1": top1, "top5": top5}
 
 
-def _backward(loss: Tensor, weights: list[torch.nn.Parameter]) -> None:
+def _backward(network: SparseNetwork, loss: Tensor, weights: list[torch.nn.Parameter]) -> None:
     """Fresh gradients of all weights: those of dropped units are zero, so momentum and decay still move them."""
-    for weight in weights:
-        weight.grad = None
+    network.clear_gradients()
     loss.backward()
     for weight in weights:
         if weight.grad is None:
