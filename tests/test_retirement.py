@@ -22,7 +22,7 @@ NETWORKS = [("vgg16", 0.0625), ("resnet20_he", 0.25), ("wrn28_10", 0.03)]
 def network_of(arch: str, width_mult: float, **options) -> SparseNetwork:
     """In float64, with batch-norms that are not trivial."""
     torch.manual_seed(3)
-    model = build_model(ModelConfig(arch=arch, width_mult=width_mult), 0.5, 10, 3).double()
+    model = build_model(ModelConfig(arch=arch, width_mult=width_mult), 0.5, 10, 3, 32).double()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and not name.endswith("scores"):
             torch.nn.init.uniform_(parameter, 0.2, 1.0)

@@ -1,0 +1,201 @@
+"""Starting weights: from files and by torchvision's names, and a sentence for everything that does not fit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models as torchvision_models
+
+from args import ModelConfig
+from models import build_model
+from tests.toy import one_thread  # noqa: F401
+from utils.conv_type import subnet_convs
+from utils.errors import UserError
+from utils.pretrained import load_pretrained, torchvision_weights
+
+NAME = "ResNet18_Weights.IMAGENET1K_V1"
+
+
+def network(arch: str, num_classes: int, image_size: int, **options) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(ModelConfig(arch=arch, **options), 0.5, num_classes, 3, image_size)
+
+
+def small(arch: str = "resnet20", num_classes: int = 10, image_size: int = 32, width_mult: float = 0.125) -> nn.Module:
+    return network(arch, num_classes, image_size, width_mult=width_mult)
+
+
+def saved(state: object, path: Path) -> str:
+    torch.save(state, path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def downloads(monkeypatch, tmp_path) -> list[str]:
+    """An empty cache and no network: the addresses that were asked for."""
+    asked: list[str] = []
+
+    def refuse(request, *_args, **_kwargs):
+        asked.append(request.full_url)
+        raise URLError("no network in tests")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    return asked
+
+
+@pytest.fixture
+def cached(tmp_path) -> nn.Module:
+    """torchvision's network, whose weights lie where a download would have put them."""
+    torch.manual_seed(1)
+    theirs = torchvision_models.resnet18().eval()
+    # files of torchvision's first weights are older than the counters of batch-norms
+    state = {key: value for key, value in theirs.state_dict().items() if "num_batches_tracked" not in key}
+    folder = tmp_path / "torch/hub/checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(state, folder / Path(torchvision_models.get_weight(NAME).url).name)
+    return theirs
+
+
+@pytest.mark.parametrize("conv_type", ["VRPGE", "DenseConv"])
+def test_weights_by_name_make_torchvisions_network(cached, downloads, conv_type):
+    model = network("resnet18", 1000, 224, conv_type=conv_type).eval()
+    load_pretrained(model, "ResNet18_Weights.DEFAULT")
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), cached(images))
+    assert all((conv.scores == 0.5).all() for conv in subnet_convs(model).values())
+    assert not downloads
+
+
+def test_every_arch_with_weights_has_names():
+    names = torchvision_weights()
+    assert names["ResNet50_Weights.IMAGENET1K_V2"] == "resnet50"
+    assert names["VGG16_BN_Weights.DEFAULT"] == "vgg16_bn"
+    for name in names:
+        torchvision_models.get_weight(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("ResNet18_Weights.IMAGENET1K_V2", "ResNet18_Weights.IMAGENET1K_V1"),
+        ("resnet18_weights.default", "ResNet18_Weights.DEFAULT"),
+        ("VGG16BN_Weights", "VGG16_BN_Weights.DEFAULT"),
+        ("ResNet50_Weights", "ResNet50_Weights.DEFAULT"),
+        ("models/nowhere.pt", "one is ResNet50_Weights.DEFAULT"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(name, nearest, downloads):
+    with pytest.raises(UserError) as caught:
+        load_pretrained(small(), name)
+    assert str(caught.value).startswith(f"--pretrained {name}: there is no such file, and torchvision has no weights")
+    assert nearest in str(caught.value)
+    assert not downloads
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "message"),
+    [
+        (
+            lambda: network("resnet18", 10, 224),
+            NAME,
+            "the weights tell 1000 classes apart, but the data has 10; use data of 1000 classes",
+        ),
+        (
+            lambda: network("resnet18", 1000, 224),
+            "ResNet50_Weights.IMAGENET1K_V2",
+            "layer1.0.conv3.weight is unknown; .*they are for torchvision's resnet50: width_mult 1",
+        ),
+        (lambda: small("vgg11", 1000, 224, 0.25), "VGG11_BN_Weights.DEFAULT", "features.0.weight has shape"),
+        (
+            lambda: network("resnet18", 1000, 32),
+            NAME,
+            r"\(conv1.weight has shape \(64, 3, 7, 7\), the network \(64, 3, 3, 3\)\); .*, large images in colour",
+        ),
+        (lambda: small("vgg11", 1000, 224), "VGG11_Weights.DEFAULT", "for torchvision's vgg11: width_mult 1"),
+    ],
+    ids=["classes", "arch", "width", "small images", "no batch-norms"],
+)
+def test_names_that_do_not_fit_are_refused_before_a_download(model, name, message, downloads):
+    with pytest.raises(UserError, match=f"^--pretrained {name}: .*{message}"):
+        load_pretrained(model(), name)
+    assert not downloads
+
+
+def test_a_failed_download_names_the_address_and_another_way(downloads):
+    url = torchvision_models.get_weight(NAME).url
+    message = f"{url} could not be downloaded .*no network in tests.*pass its path"
+    with pytest.raises(UserError, match=message):
+        load_pretrained(network("resnet18", 1000, 224), NAME)
+    assert downloads == [url]
+
+
+def test_a_damaged_file_in_the_cache_is_named(tmp_path, downloads):
+    folder = tmp_path / "torch/hub/checkpoints"
+    folder.mkdir(parents=True)
+    (folder / Path(torchvision_models.get_weight(NAME).url).name).write_bytes(b"cut off")
+    with pytest.raises(UserError, match=f"or read from {re.escape(str(tmp_path))}"):
+        load_pretrained(network("resnet18", 1000, 224), NAME)
+    assert not downloads
+
+
+def test_a_file_goes_before_a_name(tmp_path, monkeypatch, downloads):
+    theirs = small()
+    nn.init.ones_(theirs.linear.weight)
+    monkeypatch.chdir(tmp_path)
+    model = small()
+    load_pretrained(model, Path(saved(theirs.state_dict(), tmp_path / NAME)).name)
+    assert (model.linear.weight == 1).all()
+    assert not downloads
+
+
+@pytest.mark.parametrize(("arch", "image_size"), [("resnet20", 32), ("vgg11", 32), ("vgg11", 224), ("resnet18", 32)])
+def test_another_number_of_classes_is_said_as_such(arch, image_size, tmp_path):
+    path = saved({"model": small(arch, 10, image_size).state_dict()}, tmp_path / "ten.pt")
+    with pytest.raises(UserError, match="the weights tell 10 classes apart, but the data has 7; use data of 10"):
+        load_pretrained(small(arch, 7, image_size), path)
+
+
+def test_other_misfits_are_named_and_counted(tmp_path):
+    path = saved(small(width_mult=0.25).state_dict(), tmp_path / "wide.pt")
+    message = r"\(conv1.weight has shape \(8, 3, 3, 3\), the network \(4, 3, 3, 3\); .* and \d+ more\); use the arch"
+    with pytest.raises(UserError, match=message):
+        load_pretrained(small(), path)
+    path = saved(small("vgg11").state_dict(), tmp_path / "vgg.pt")
+    with pytest.raises(UserError, match=r"do not fit this network \(conv1.weight is missing; "):
+        load_pretrained(small(), path)
+
+
+@pytest.mark.parametrize("num_retired", [0, 3])
+def test_a_checkpoint_whose_units_retired_is_no_start(num_retired, tmp_path):
+    stored = torch.arange(12) >= num_retired
+    path = saved({"model": small().state_dict(), "stored_units": stored}, tmp_path / "last.pt")
+    if num_retired == 0:
+        load_pretrained(small(), path)
+        return
+    with pytest.raises(UserError, match=r"3 of 12 units of that run have retired.*--resume.*--retire off"):
+        load_pretrained(small(), path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not a checkpoint", "not a readable checkpoint or state dict"),
+        ([1, 2], "holds no state dict"),
+        ({"epoch": 3}, "holds no state dict"),
+    ],
+)
+def test_files_without_weights_are_refused(content, message, tmp_path):
+    path = tmp_path / "weights.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=message):
+        load_pretrained(small(), str(path))
