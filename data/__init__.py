@@ -1,4 +1,4 @@
-"""Named image sets, small enough to be held in memory, split into training, held-out and test images."""
+"""Named image sets, in memory or streamed from files, split into training, held-out and test images."""
 
 import difflib
 import hashlib
@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.image_folder import load_image_folder
+from data.batched import BatchedSet
+from data.image_folder import STREAM_FROM_SIZE, load_image_folder, load_imagenet, load_streamed_folder
 from data.images import ImageSet
-from data.sources import RawData, load_cifar, load_fashion_mnist, load_fashion_mnist_mini
+from data.sources import RawData, load_cifar, load_fashion_mnist, load_fashion_mnist_mini, load_mnist
+from data.streamed import StreamedSet
 from utils.errors import UserError
 
-__all__ = ["SETS", "DataSplits", "ImageSet", "build_data"]
+__all__ = ["SETS", "BatchedSet", "DataSplits", "ImageSet", "StreamedSet", "build_data"]
 
-SETS = ("CIFAR10", "CIFAR100", "FashionMNIST", "FashionMNIST-mini", "ImageFolder")
+SETS = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "FashionMNIST-mini", "ImageFolder", "ImageNet")
 
 # Not the run's seed: every method and every seed holds out the same images.
 _HOLDOUT_SEED = 0
@@ -25,10 +27,10 @@ _HOLDOUT_SEED = 0
 class DataSplits:
     """The three parts of a set: train to learn from, holdout to choose by, test to report."""
 
-    train: ImageSet
-    holdout: ImageSet
+    train: BatchedSet
+    holdout: BatchedSet
     """Chooses subnets and checkpoints; empty if nothing is held out."""
-    test: ImageSet
+    test: BatchedSet
     """Only reported, never used to choose anything."""
     num_classes: int
     channels: int
@@ -36,51 +38,46 @@ class DataSplits:
     """Height and width in pixels."""
     class_names: tuple[str, ...]
     fingerprint: str
-    """Short hash of set name, class names, and shape and labels of each part: equal when a run is resumed."""
+    """Short hash of set name, class names, shape and labels of each part, and of the names and sizes of files that
+    are streamed: equal when a run is resumed."""
 
 
 def build_data(
-    name: str, root: str, *, holdout: float, image_size: int, workers: int, device: torch.device
+    name: str, root: str, *, holdout: float, image_size: int, workers: int, bad_images: str, device: torch.device
 ) -> DataSplits:
     """Load a set and hold out a part of its training images.
 
     Args:
         name: one of SETS.
-        root: folder of the files. CIFAR and FashionMNIST: as torchvision lays them out, fetched if missing;
-            ImageFolder: the folder with train/ and test/; FashionMNIST-mini comes with the repository.
+        root: folder of the files. CIFAR, MNIST and FashionMNIST: as torchvision lays them out, fetched if missing;
+            ImageFolder: the folder with train/ and test/; ImageNet: that with ImageNet/train/ and ImageNet/val/, or
+            with train/ and val/; FashionMNIST-mini comes with the repository.
         holdout: fraction of the training images of each class to hold out, in [0, 1).
-        image_size: pixels that an ImageFolder is resized to, 0 leaves it as it is; other sets are 32x32.
-        workers: threads that decode the images of an ImageFolder, 0 for none; other sets need no decoding.
-        device: where the images live and batches are made.
+        image_size: pixels that an ImageFolder is resized to, 0 leaves it as it is; from 128 on it is streamed.
+            ImageNet: 0 is 224. Other sets are 32x32.
+        workers: threads that decode the images of an ImageFolder in memory, processes that decode streamed images, 0
+            for none; other sets need no decoding.
+        bad_images: what to do with a file of an ImageFolder or ImageNet that is no whole image: "error" or "skip".
+        device: where batches are made, and images in memory live.
     Raises: UserError for values out of range, missing or damaged files, or a class left empty by holdout.
     """
     _check_arguments(name, holdout, image_size, workers)
-    raw = _load(name, Path(root).expanduser(), image_size, workers)
-    train_indices, holdout_indices = split_holdout(raw.train_labels, holdout, raw.class_names)
-
-    def image_set(images: np.ndarray, labels: np.ndarray) -> ImageSet:
-        return ImageSet(
-            images=torch.from_numpy(images).to(device),
-            labels=torch.from_numpy(labels).to(device),
-            mean=raw.mean,
-            std=raw.std,
-            crop_padding=raw.crop_padding,
-            flip=True,
-        )
-
-    train = image_set(raw.train_images[train_indices], raw.train_labels[train_indices])
-    held_out = image_set(raw.train_images[holdout_indices], raw.train_labels[holdout_indices])
-    test = image_set(raw.test_images, raw.test_labels)
-    _, channels, size, _ = train.images.shape
+    try:
+        train, test, class_names = _load(name, Path(root).expanduser(), image_size, workers, bad_images)
+    except OSError as error:
+        raise UserError(
+            f"{name}: {error}; check that everything under {root} is readable and its disk works"
+        ) from error
+    train_indices, holdout_indices = split_holdout(train.labels.numpy(), holdout, class_names)
+    parts = tuple(part.to(device) for part in (train.subset(train_indices), train.subset(holdout_indices), test))
+    _, channels, size, _ = test.shape
     return DataSplits(
-        train=train,
-        holdout=held_out,
-        test=test,
-        num_classes=len(raw.class_names),
+        *parts,
+        num_classes=len(class_names),
         channels=channels,
         image_size=size,
-        class_names=raw.class_names,
-        fingerprint=_fingerprint(name, raw.class_names, (train, held_out, test)),
+        class_names=class_names,
+        fingerprint=_fingerprint(name, class_names, parts),
     )
 
 
@@ -116,25 +113,49 @@ def _check_arguments(name: str, holdout: float, image_size: int, workers: int) -
         raise UserError(f"workers must be 0 or larger, got {workers}")
     if image_size < 0:
         raise UserError(f"image_size must be 0 (as the images are) or a number of pixels, got {image_size}")
-    if name != "ImageFolder" and image_size not in (0, 32):
+    if name not in ("ImageFolder", "ImageNet") and image_size not in (0, 32):
         raise UserError(
             f"image_size={image_size} is not possible for {name}, whose images are 32x32; leave it 0, "
             f"or use ImageFolder"
         )
 
 
-def _load(name: str, root: Path, image_size: int, workers: int) -> RawData:
+def _load(
+    name: str, root: Path, image_size: int, workers: int, bad_images: str
+) -> tuple[BatchedSet, BatchedSet, tuple[str, ...]]:
+    """Training and test images, on the CPU, and class names."""
+    if name == "ImageNet":
+        return load_imagenet(root, image_size, workers, bad_images)
+    if name == "ImageFolder" and image_size >= STREAM_FROM_SIZE:
+        return load_streamed_folder(root, image_size, workers, bad_images)
     if name == "ImageFolder":
-        return load_image_folder(root, image_size, workers)
-    if name == "FashionMNIST":
-        return load_fashion_mnist(root)
+        return _in_memory(load_image_folder(root, image_size, workers, bad_images))
     if name == "FashionMNIST-mini":
-        return load_fashion_mnist_mini()
-    return load_cifar(name, root)
+        return _in_memory(load_fashion_mnist_mini())
+    if name == "FashionMNIST":
+        return _in_memory(load_fashion_mnist(root))
+    if name == "MNIST":
+        return _in_memory(load_mnist(root))
+    return _in_memory(load_cifar(name, root))
 
 
-def _fingerprint(name: str, class_names: tuple[str, ...], parts: tuple[ImageSet, ...]) -> str:
-    digest = hashlib.sha256(repr((name, class_names, [tuple(part.images.shape) for part in parts])).encode())
+def _in_memory(raw: RawData) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+    train, test = (
+        ImageSet(
+            images=torch.from_numpy(images),
+            labels=torch.from_numpy(labels),
+            mean=raw.mean,
+            std=raw.std,
+            crop_padding=raw.crop_padding,
+            flip=raw.flip,
+        )
+        for images, labels in ((raw.train_images, raw.train_labels), (raw.test_images, raw.test_labels))
+    )
+    return train, test, raw.class_names
+
+
+def _fingerprint(name: str, class_names: tuple[str, ...], parts: tuple[BatchedSet, ...]) -> str:
+    digest = hashlib.sha256(repr((name, class_names, [part.shape for part in parts])).encode())
     for part in parts:
-        digest.update(part.labels.cpu().numpy().astype("<i8").tobytes())
+        digest.update(part.identity())
     return digest.hexdigest()[:12]

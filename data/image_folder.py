@@ -1,75 +1,115 @@
-"""Images in one folder per class: `<root>/train/<class>/*` and `<root>/test/<class>/*` (or `val`)."""
+"""Images in one folder per class: small ones read into memory, large ones and ImageNet streamed from their files."""
 
-import warnings
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from torchvision import datasets
 from torchvision.transforms.functional import center_crop, resize
 
+from data.files import (
+    ClassFolder,
+    UnreadableImage,
+    check_by_decoding,
+    find_image_folder,
+    find_imagenet,
+    open_rgb,
+    refusal,
+    strict_about_size,
+    without_bad_images,
+)
 from data.sources import RawData
+from data.streamed import StreamedSet
 from utils.errors import UserError
 
+# From this image size on an ImageFolder is not held in memory: photographs, not thumbnails.
+STREAM_FROM_SIZE = 128
 MAX_BYTES = 4 * 2**30
 IMAGES_FOR_STATISTICS = 5000
-_SHUFFLE_SEED = 0
+STREAMED_IMAGES_FOR_STATISTICS = 1000
+
+# The values in common use, those of torchvision's pretrained networks.
+IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_IMAGE_SIZE = 224
+
 _IMAGES_PER_TASK = 64
 
 
-def load_image_folder(root: Path, image_size: int, workers: int) -> RawData:
+def load_image_folder(root: Path, image_size: int, workers: int, bad_images: str) -> RawData:
     """Read all images as 8-bit RGB into memory.
 
-    Files and classes are found as by torchvision.datasets.ImageFolder; of `test` and `val`, `test` is read if
-    both are there. Training and test images are then shuffled by a fixed generator, so that a few batches
-    already hold all classes. Mean and standard deviation are those of the first 5,000 training images in that
-    order, held-out ones included.
+    Training and test images are shuffled by a fixed generator, so that a few batches already hold all classes.
+    Mean and standard deviation are those of the first 5,000 training images in that order, held-out ones included.
 
     Args:
         root: folder with `train` and `test` (or `val`).
         image_size: 0 to take the images as they are, square and of one size; otherwise the shorter side of
             each image is resized to it (bilinear, antialiased) and its centre is cut out.
         workers: decoding threads, 0 decodes in the calling thread; they pay for photographs, not at 32 pixels.
+        bad_images: "error" or "skip", see `without_bad_images`.
     Raises: UserError for missing folders, differing classes or sizes, unreadable images, or over 4 GiB.
     """
-    train, test = _list_folder(_existing(root, "train")), _list_folder(_existing(root, "test", "val"))
-    _check_same_classes(train, test)
-    samples = [_shuffled(train.samples), _shuffled(test.samples)]
-    size = image_size or _common_size(Path(samples[0][0][0]))
-    num_bytes = (len(samples[0]) + len(samples[1])) * 3 * size * size
+    parts = find_image_folder(root)
+    if bad_images == "skip":  # otherwise reading them finds the first bad one
+        parts = [without_bad_images(part, bad_images, workers, check_by_decoding) for part in parts]
+    train, test = (part.shuffled() for part in parts)
+    first = train.files[0]
+    size = image_size or _common_size(first)
+    count = len(train) + len(test)
+    num_bytes = count * 3 * size * size
     if num_bytes > MAX_BYTES:
         raise UserError(
-            f"ImageFolder: {len(samples[0]) + len(samples[1])} images of {size}x{size} pixels in {root} take "
-            f"{num_bytes / 2**30:.1f} GiB of memory, the limit is {MAX_BYTES / 2**30:.0f} GiB; pass a "
-            f"smaller --image-size or use fewer images"
+            f"ImageFolder: {count} images of {size}x{size} pixels in {root} take {num_bytes / 2**30:.1f} GiB of "
+            f"memory, the limit is {MAX_BYTES / 2**30:.0f} GiB; pass an --image-size of {STREAM_FROM_SIZE} or more "
+            f"to read them from their files in every epoch, or a small one"
         )
-    first = samples[0][0][0]
-    (train_images, train_labels), (test_images, test_labels) = (
-        _read(part, size, image_size > 0, first, workers) for part in samples
-    )
+    train_images, test_images = (_read(part.files, size, image_size > 0, first, workers) for part in (train, test))
     mean, std = channel_statistics(train_images[:IMAGES_FOR_STATISTICS])
     return RawData(
         train_images,
-        train_labels,
+        train.labels,
         test_images,
-        test_labels,
-        tuple(train.classes),
+        test.labels,
+        train.classes,
         mean,
         std,
         crop_padding=size // 8,  # 4 at 32 pixels, as for CIFAR
     )
 
 
-def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of (N, C, H, W) uint8, in units of [0, 1].
+def load_streamed_folder(
+    root: Path, image_size: int, workers: int, bad_images: str
+) -> tuple[StreamedSet, StreamedSet, tuple[str, ...]]:
+    """Training and test images of an ImageFolder, and their class names; the images stay in their files.
+
+    Mean and standard deviation are those of 1,000 training images, evenly chosen among the files sorted by class
+    and name, held-out ones included.
+
+    Args: see `load_image_folder`; image_size is above 0, workers are processes.
+    Raises: UserError for missing folders, differing classes, or files that are no whole images.
+    """
+    train, test = (without_bad_images(part, bad_images, workers) for part in find_image_folder(root))
+    count = min(len(train), STREAMED_IMAGES_FOR_STATISTICS)
+    chosen = train.chosen(np.arange(count) * len(train) // count)
+    sample = StreamedSet.from_folder(chosen, ((0.0,) * 3, (1.0,) * 3), image_size, workers)
+    statistics = channel_statistics(image.numpy() for batch in sample.pixels() for image in batch)
+    return _streamed(train, test, statistics, image_size, workers)
+
+
+def load_imagenet(
+    root: Path, image_size: int, workers: int, bad_images: str
+) -> tuple[StreamedSet, StreamedSet, tuple[str, ...]]:
+    """ImageNet, as `load_streamed_folder`; its validation images are the test images. image_size 0 means 224."""
+    train, test = (without_bad_images(part, bad_images, workers) for part in find_imagenet(root))
+    return _streamed(train, test, IMAGENET_MEAN_STD, image_size or IMAGENET_IMAGE_SIZE, workers)
+
+
+def channel_statistics(images: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of images (C, H, W) uint8, in units of [0, 1].
 
     Computed from how often each of the 256 values occurs, so the order of the images cannot change a digit.
     """
-    counts = np.zeros((images.shape[1], 256), dtype=np.int64)
-    for image in images:
-        for channel, values in enumerate(image):
-            counts[channel] += np.bincount(values.ravel(), minlength=256)
+    counts = sum(np.stack([np.bincount(values.ravel(), minlength=256) for values in image]) for image in images)
     probabilities = counts / counts.sum(axis=1, keepdims=True)
     levels = np.arange(256) / 255
     mean = probabilities @ levels
@@ -78,42 +118,19 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     return tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())
 
 
-def _existing(root: Path, *names: str) -> Path:
-    if not root.is_dir():
-        raise UserError(f"ImageFolder: there is no folder {root}; give the folder that holds train/ and test/")
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    wanted = " or ".join(f"{name}/" for name in names)
-    raise UserError(f"ImageFolder: {root} holds no folder {wanted}; expected {root / names[0]}/<class>/<image files>")
+def _streamed(
+    train: ClassFolder,
+    test: ClassFolder,
+    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    image_size: int,
+    workers: int,
+) -> tuple[StreamedSet, StreamedSet, tuple[str, ...]]:
+    sets = (StreamedSet.from_folder(part.shuffled(), statistics, image_size, workers) for part in (train, test))
+    return *sets, train.classes
 
 
-def _list_folder(folder: Path) -> datasets.ImageFolder:
-    try:
-        return datasets.ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        # torchvision's words: no class folder at all, or which classes hold no image and which endings count.
-        raise UserError(f"ImageFolder: {folder} cannot be used: {error}") from error
-
-
-def _check_same_classes(train: datasets.ImageFolder, test: datasets.ImageFolder) -> None:
-    if train.classes == test.classes:
-        return
-    differences = [
-        f"only in {ours.root}: {', '.join(sorted(set(ours.classes) - set(theirs.classes)))}"
-        for ours, theirs in ((train, test), (test, train))
-        if set(ours.classes) - set(theirs.classes)
-    ]
-    raise UserError(f"ImageFolder: class folders differ ({'; '.join(differences)}); both parts need the same ones")
-
-
-def _shuffled(samples: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    random = np.random.Generator(np.random.PCG64(_SHUFFLE_SEED))
-    return [samples[index] for index in random.permutation(len(samples))]
-
-
-def _common_size(path: Path) -> int:
-    width, height = _open_rgb(path).size
+def _common_size(path: str) -> int:
+    width, height = _open(path).size
     if width != height:
         raise UserError(
             f"ImageFolder: {path} is {width}x{height} pixels, not square; pass --image-size to resize and "
@@ -122,29 +139,24 @@ def _common_size(path: Path) -> int:
     return width
 
 
-def _read(
-    samples: list[tuple[str, int]], size: int, resizing: bool, first: str, workers: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 3, size, size) uint8 and labels (N,) int64; `first` names the file that `size` is from."""
-    images = np.empty((len(samples), 3, size, size), dtype=np.uint8)
+def _read(files: list[str], size: int, resizing: bool, first: str, workers: int) -> np.ndarray:
+    """Images (N, 3, size, size) uint8; `first` names the file that `size` is from."""
+    images = np.empty((len(files), 3, size, size), dtype=np.uint8)
 
     def read_range(start: int) -> None:
-        for index in range(start, min(start + _IMAGES_PER_TASK, len(samples))):
-            path = samples[index][0]
-            image = _open_rgb(Path(path))
+        for index in range(start, min(start + _IMAGES_PER_TASK, len(files))):
+            image = _open(files[index])
             if resizing:
                 image = center_crop(resize(image, size), [size, size])
             elif image.size != (size, size):
                 raise UserError(
-                    f"ImageFolder: images differ in size, {first} is {size}x{size} pixels and {path} is "
+                    f"ImageFolder: images differ in size, {first} is {size}x{size} pixels and {files[index]} is "
                     f"{image.width}x{image.height}; pass --image-size to resize and crop all images"
                 )
             images[index] = np.asarray(image).transpose(2, 0, 1)
 
-    starts = range(0, len(samples), _IMAGES_PER_TASK)
-    with warnings.catch_warnings():
-        # An image of more than 90 million pixels is refused like a broken one.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    starts = range(0, len(files), _IMAGES_PER_TASK)
+    with strict_about_size():
         if workers == 0:
             for start in starts:
                 read_range(start)
@@ -153,19 +165,11 @@ def _read(
                 # In order: of several bad files the same one is always named. An error cancels what is left.
                 for _ in pool.map(read_range, starts):
                     pass
-    return images, np.array([label for _, label in samples], dtype=np.int64)
+    return images
 
 
-def _open_rgb(path: Path) -> Image.Image:
+def _open(path: str):
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                # Pillow would clip 16-bit and float pixels to 255, which leaves a white image.
-                raise ValueError(f"pixels of mode {image.mode} are not 8-bit")
-            if "transparency" in image.info:
-                image = image.convert("RGBA")  # palettes with transparency: Pillow warns of the direct way
-            return image.convert("RGB")
-    except Exception as error:  # for a damaged file Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-        raise UserError(
-            f"ImageFolder: cannot read image {path} ({error}); remove it or replace it by an 8-bit image"
-        ) from error
+        return open_rgb(path)
+    except UnreadableImage as error:
+        raise refusal(path, error) from error

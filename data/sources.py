@@ -1,4 +1,4 @@
-"""Where the images of each named set come from: CIFAR, Fashion-MNIST, and the bundled sample."""
+"""Where the images of each named set come from: CIFAR, MNIST, Fashion-MNIST, and the bundled sample."""
 
 import contextlib
 import hashlib
@@ -34,6 +34,8 @@ class RawData(NamedTuple):
     """Per channel, in units of [0, 1]."""
     std: tuple[float, ...]
     crop_padding: int
+    flip: bool = True
+    """Whether a mirrored image still shows its class."""
 
 
 # Of the released recipe (CIFAR10) and the values in common use (CIFAR100).
@@ -45,7 +47,9 @@ CIFAR_CLASSES = {"CIFAR10": datasets.CIFAR10, "CIFAR100": datasets.CIFAR100}
 
 # Computed from the 60,000 training images after padding to 32x32.
 FASHION_MNIST_MEAN_STD = ((0.2190,), (0.3318,))
-FASHION_MNIST_FILES = (
+# The values in common use, 0.1307 and 0.3081, after padding to 32x32.
+MNIST_MEAN_STD = ((0.1000,), (0.2752,))
+IDX_FILES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
     "t10k-images-idx3-ubyte",
@@ -102,26 +106,27 @@ def load_cifar(name: str, root: Path) -> RawData:
     )
 
 
+def load_mnist(root: Path) -> RawData:
+    """MNIST from `root` (torchvision's layout), downloaded if a file is not there. Never mirrored: these are digits.
+
+    Raises: UserError if files are missing and cannot be downloaded, or are damaged.
+    """
+    remedy = f"get the four .gz files from {datasets.MNIST.mirrors[0]}"
+    files = _idx_files(datasets.MNIST, root, remedy)
+    return _padded(datasets.MNIST, *_read_each(files), *MNIST_MEAN_STD, flip=False)
+
+
 def load_fashion_mnist(root: Path) -> RawData:
     """Fashion-MNIST from `root` (torchvision's layout), or from Debian's package, or downloaded to `root`.
 
     Raises: UserError if files are missing and cannot be downloaded, or are damaged.
     """
-    folder = root / "FashionMNIST" / "raw"
-    files = _find_fashion_mnist(folder) or _find_fashion_mnist(FASHION_MNIST_DEBIAN)
-    if files is None:
-        _download(
-            "FashionMNIST",
-            lambda: datasets.FashionMNIST(str(root), download=True),
-            f"FashionMNIST: {', '.join(FASHION_MNIST_FILES)} (plain or .gz) are neither all in {folder} nor "
-            f"in {FASHION_MNIST_DEBIAN}, and the download failed ({{error}}); install Debian's package "
-            f"dataset-fashion-mnist, or get the four .gz files from "
-            f"https://github.com/zalandoresearch/fashion-mnist and put them into {folder}; "
-            f"{NO_DOWNLOAD_HINT}",
-        )
-        files = [folder / name for name in FASHION_MNIST_FILES]
-    arrays = [read_idx_file(path)[0] for path in files]
-    return _fashion_mnist(*arrays, names=[str(path) for path in files])
+    remedy = (
+        f"install Debian's package dataset-fashion-mnist (its files are not in {FASHION_MNIST_DEBIAN} either), or get "
+        f"the four .gz files from https://github.com/zalandoresearch/fashion-mnist"
+    )
+    files = _idx_files(datasets.FashionMNIST, root, remedy, FASHION_MNIST_DEBIAN)
+    return _padded(datasets.FashionMNIST, *_read_each(files), *FASHION_MNIST_MEAN_STD)
 
 
 def load_fashion_mnist_mini() -> RawData:
@@ -136,36 +141,60 @@ def load_fashion_mnist_mini() -> RawData:
             f"FashionMNIST-mini: {path} is missing or damaged (SHA-256 {checksum}, expected "
             f"{FASHION_MNIST_MINI_SHA256}); check it out again with `git checkout -- data/{path.name}`"
         )
-    return _fashion_mnist(*read_idx_file(path, num_arrays=4), names=[str(path)] * 4)
+    arrays = read_idx_file(path, num_arrays=4)
+    return _padded(datasets.FashionMNIST, arrays, [str(path)] * 4, *FASHION_MNIST_MEAN_STD)
 
 
-def _find_fashion_mnist(folder: Path) -> list[Path] | None:
-    """The four files, each plain or compressed; None unless all are there."""
-    files = []
-    for name in FASHION_MNIST_FILES:
-        present = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
-        files += present[:1]
-    return files if len(files) == len(FASHION_MNIST_FILES) else None
+def _idx_files(dataset: type[datasets.MNIST], root: Path, remedy: str, elsewhere: Path | None = None) -> list[Path]:
+    """The four files, each plain or compressed: from torchvision's folder, or all elsewhere, or downloaded."""
+    folder = root / dataset.__name__ / "raw"
+    for place in (folder, elsewhere):
+        found = [_plain_or_compressed(place / name) for name in IDX_FILES] if place else [None]
+        if None not in found:
+            return found
+    missing = [name for name in IDX_FILES if _plain_or_compressed(folder / name) is None]
+    _download(
+        dataset.__name__,
+        lambda: dataset(str(root), download=True),
+        f"{dataset.__name__}: {', '.join(missing)} (plain or .gz) not found in {folder}, and the download failed "
+        f"({{error}}); {remedy} and put them into {folder}; {NO_DOWNLOAD_HINT}",
+    )
+    return [folder / name for name in IDX_FILES]
 
 
-def _fashion_mnist(
-    train_images: np.ndarray,
-    train_labels: np.ndarray,
-    test_images: np.ndarray,
-    test_labels: np.ndarray,
+def _plain_or_compressed(path: Path) -> Path | None:
+    present = [file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()]
+    return present[0] if present else None
+
+
+def _read_each(files: list[Path]) -> tuple[list[np.ndarray], list[str]]:
+    """The one array of each file, and the files' names for messages."""
+    return [read_idx_file(path)[0] for path in files], [str(path) for path in files]
+
+
+def _padded(
+    dataset: type[datasets.MNIST],
+    arrays: list[np.ndarray],
     names: list[str],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    flip: bool = True,
 ) -> RawData:
-    class_names = tuple(datasets.FashionMNIST.classes)
+    """Four arrays (training images, their labels, test images, their labels), checked, as images of 32x32."""
+    class_names = tuple(dataset.classes)
+    train_images, train_labels, test_images, test_labels = arrays
     pairs = ((train_images, train_labels, *names[:2]), (test_images, test_labels, *names[2:]))
     for images, labels, images_name, labels_name in pairs:
         if images.ndim != 3 or images.shape[1:] != (28, 28) or len(images) == 0:
-            raise UserError(f"{images_name} holds an array of shape {images.shape}; expected images of 28x28 pixels")
+            raise UserError(
+                f"{images_name} holds an array of shape {images.shape}; expected images of 28x28 pixels: delete it "
+                f"and fetch it again"
+            )
         if labels.shape != images.shape[:1] or labels.max() >= len(class_names):
             raise UserError(
-                f"{labels_name} holds an array of shape {labels.shape} with values up to "
-                f"{labels.max(initial=0)}; expected {len(images)} labels below {len(class_names)}"
+                f"{labels_name} holds an array of shape {labels.shape} with values up to {labels.max(initial=0)}; "
+                f"expected {len(images)} labels below {len(class_names)}: delete it and fetch it again"
             )
-    mean, std = FASHION_MNIST_MEAN_STD
     return RawData(
         _pad_to_32(train_images),
         train_labels.astype(np.int64),
@@ -175,6 +204,7 @@ def _fashion_mnist(
         mean,
         std,
         crop_padding=2,  # on top of the 2 black pixels that padding to 32x32 has put on every side
+        flip=flip,
     )
 
 

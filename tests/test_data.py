@@ -1,31 +1,23 @@
-"""Image sets: order, augmentation, loading, and the wording of every refusal. Nothing here downloads."""
+"""Image sets in memory: order, augmentation, loading, and the wording of every refusal. Nothing here downloads."""
 
-import gzip
 import hashlib
-import pickle
 import re
 import socket
 import sys
 import tarfile
-from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchvision import datasets
 
-from data import ImageSet, build_data, image_folder, make_fashion_mnist_mini, sources, split_holdout
+from data import ImageSet, make_fashion_mnist_mini, sources, split_holdout
 from data.idx import idx_bytes, read_idx_file
+from tests.images import build, by_label, in_order, make_folders, write_cifar, write_idx_files
 from utils.errors import UserError
-
-CPU = torch.device("cpu")
-
-
-def build(name: str, root: Path, **settings):
-    """build_data with the quietest settings."""
-    return build_data(name, str(root), **{"holdout": 0.0, "image_size": 0, "workers": 0, "device": CPU} | settings)
 
 
 def make_set(count: int = 23, channels: int = 3, size: int = 8, **settings) -> ImageSet:
@@ -38,14 +30,6 @@ def make_set(count: int = 23, channels: int = 3, size: int = 8, **settings) -> I
         std=(0.2, 0.3, 0.25)[:channels],
         **settings,
     )
-
-
-def by_label(batches) -> dict[int, torch.Tensor]:
-    return {int(label): image for images, labels in batches for image, label in zip(images, labels, strict=True)}
-
-
-def in_order(batches) -> list[int]:
-    return [int(label) for _, labels in batches for label in labels]
 
 
 # --- order ---
@@ -96,6 +80,51 @@ def test_too_few_images_for_a_batch_are_refused_at_once():
         make_set(23).train_batches(24, seed=0, epoch=0)
 
 
+# --- several processes share a batch ---
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_parts_of_all_ranks_are_the_batches_of_one(num_ranks):
+    whole = make_set(23, crop_padding=2, flip=True)
+    parts = [whole.subset(range(23)) for _ in range(num_ranks)]
+    for rank, part in enumerate(parts):
+        part.rank, part.num_ranks = rank, num_ranks
+    assert {part.num_train_batches(7) for part in parts} == {3}
+
+    batches = [part.train_batches(7, seed=5, epoch=3, start=1) for part in parts]
+    for expected, *shared in zip(whole.train_batches(7, seed=5, epoch=3, start=1), *batches, strict=True):
+        sizes = [len(labels) for _, labels in shared]
+        assert max(sizes) - min(sizes) <= 1
+        for one, several in zip(expected, zip(*shared, strict=True), strict=True):
+            assert torch.equal(one, torch.cat(several))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 20), st.integers(1, 9), st.integers(1, 6), st.none() | st.integers(0, 4))
+def test_each_image_is_evaluated_on_exactly_one_rank(count, batch_size, num_ranks, limit):
+    """Also where a rank gets nothing of a small last batch."""
+    whole = make_set(20).subset(range(count))
+    expected = by_label(whole.batches(batch_size, limit))
+    seen = []
+    for rank in range(num_ranks):
+        part = whole.subset(range(count))
+        part.rank, part.num_ranks = rank, num_ranks
+        for images, labels in part.batches(batch_size, limit):
+            assert 0 < len(labels) <= -(-batch_size // num_ranks)
+            assert all(torch.equal(image, expected[int(label)]) for image, label in zip(images, labels, strict=True))
+            seen += labels.tolist()
+    assert sorted(seen) == sorted(expected)
+
+
+def test_a_batch_that_does_not_feed_all_ranks_is_refused():
+    images = make_set(23)
+    images.num_ranks = 3
+    with pytest.raises(UserError, match=r"batch_size is 2, but 3 processes share .*of at least 3"):
+        images.train_batches(2, seed=0, epoch=0)
+    part = images.subset(range(9))
+    assert (part.rank, part.num_ranks) == (0, 3)
+
+
 # --- augmentation ---
 
 
@@ -139,7 +168,9 @@ def test_every_shift_and_both_directions_occur_about_equally():
     count, size, padding = 9000, 5, 1
     image = torch.zeros(count, 1, size, size, dtype=torch.uint8)
     image[:, :, 2, 1] = 255
-    images = ImageSet(image, torch.arange(count), (0.0,), (1.0,), crop_padding=padding, flip=True)
+    images = ImageSet(
+        images=image, labels=torch.arange(count), mean=(0.0,), std=(1.0,), crop_padding=padding, flip=True
+    )
     [(batch, _)] = images.train_batches(count, seed=0, epoch=0)
     counts = batch[:, 0].round().sum(0)
     # Columns 0, 1, 2 unmirrored, 2, 3, 4 mirrored: each of 3 x 3 x 2 cases has probability 1/18.
@@ -283,7 +314,7 @@ def test_holdout_must_leave_something_on_both_sides(fraction, count):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("CIFAR-10", {}, r"unknown data set 'CIFAR-10'; the sets are .*ImageFolder; did you mean CIFAR10\?"),
+        ("CIFAR-10", {}, r"unknown data set 'CIFAR-10'; the sets are .*ImageNet; did you mean CIFAR10\?"),
         ("CIFAR10", {"holdout": 1.0}, r"holdout must be in \[0, 1\), got 1.0"),
         ("CIFAR10", {"holdout": -0.1}, r"holdout must be in \[0, 1\), got -0.1"),
         ("CIFAR10", {"holdout": float("nan")}, r"holdout must be in \[0, 1\), got nan"),
@@ -295,6 +326,17 @@ def test_holdout_must_leave_something_on_both_sides(fraction, count):
 def test_arguments_out_of_range(tmp_path, name, settings, message):
     with pytest.raises(UserError, match=message):
         build(name, tmp_path, **settings)
+
+
+def test_a_disk_that_cannot_be_read_is_a_user_error(tmp_path, monkeypatch):
+    write_cifar(tmp_path, "CIFAR10", monkeypatch)
+
+    def refuse(path, checksum):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(sources, "check_integrity", refuse)
+    with pytest.raises(UserError, match=r"CIFAR10: .*Permission denied: '\S+data_batch_1'; check that .* is readable"):
+        build("CIFAR10", tmp_path)
 
 
 # --- the bundled sample ---
@@ -353,7 +395,7 @@ def test_readme_states_the_checksum_and_the_size_is_small():
 
 
 def test_making_the_sample_is_balanced_and_repeatable(tmp_path, monkeypatch, capsys):
-    train_images, train_labels, test_images, _ = write_fashion_mnist(tmp_path, compress=True, count=40)
+    train_images, train_labels, test_images, _ = write_idx_files(tmp_path, compress=True, count=40)
     monkeypatch.setattr(make_fashion_mnist_mini, "TRAIN_PER_CLASS", 3)
     monkeypatch.setattr(make_fashion_mnist_mini, "TEST_PER_CLASS", 2)
     outputs = tmp_path / "one.xz", tmp_path / "two.xz"
@@ -372,22 +414,7 @@ def test_making_the_sample_is_balanced_and_repeatable(tmp_path, monkeypatch, cap
     assert {image.tobytes() for image in few_images} <= {image.tobytes() for image in test_images}
 
 
-# --- Fashion-MNIST ---
-
-
-def write_fashion_mnist(folder: Path, compress: bool, count: int = 20) -> list[np.ndarray]:
-    """Four small IDX files; returns their arrays."""
-    random = np.random.default_rng(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = []
-    for _ in ("train", "test"):
-        arrays.append(random.integers(0, 256, (count, 28, 28), dtype=np.uint8))
-        arrays.append((np.arange(count) % 10).astype(np.uint8))
-    for name, array in zip(sources.FASHION_MNIST_FILES, arrays, strict=True):
-        content = idx_bytes([array])
-        path = folder / (f"{name}.gz" if compress else name)
-        path.write_bytes(gzip.compress(content) if compress else content)
-    return arrays
+# --- MNIST and Fashion-MNIST ---
 
 
 @pytest.fixture
@@ -396,10 +423,11 @@ def no_debian_package(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
 @pytest.mark.usefixtures("no_debian_package")
-def test_fashion_mnist_from_root(tmp_path, compress):
-    arrays = write_fashion_mnist(tmp_path / "FashionMNIST" / "raw", compress)
-    splits = build("FashionMNIST", tmp_path)
+def test_idx_files_from_root(tmp_path, name, compress):
+    arrays = write_idx_files(tmp_path / name / "raw", compress)
+    splits = build(name, tmp_path)
     assert splits.train.images.shape == (20, 1, 32, 32)
     np.testing.assert_array_equal(splits.train.images[:, 0, 2:30, 2:30].numpy(), arrays[0])
     np.testing.assert_array_equal(splits.test.images[:, 0, 2:30, 2:30].numpy(), arrays[2])
@@ -407,9 +435,26 @@ def test_fashion_mnist_from_root(tmp_path, compress):
     assert len(splits.holdout) == 0
 
 
+def test_digits_are_not_mirrored(tmp_path):
+    write_idx_files(tmp_path / "MNIST" / "raw", compress=False)
+    splits = build("MNIST", tmp_path)
+    assert (splits.train.crop_padding, splits.train.flip) == (2, False)
+    assert splits.class_names[7] == "7 - seven"
+
+
+@pytest.mark.parametrize(
+    ("at_28", "at_32"),
+    [((0.1307, 0.3081), sources.MNIST_MEAN_STD), ((0.2860, 0.3530), sources.FASHION_MNIST_MEAN_STD)],
+)
+def test_statistics_of_padded_sets_follow_from_those_in_common_use(at_28, at_32):
+    share, (mean, std) = 28**2 / 32**2, at_28
+    expected = share * mean, np.sqrt(share * (mean**2 + std**2) - (share * mean) ** 2)
+    np.testing.assert_allclose(np.ravel(at_32), expected, atol=1e-4)
+
+
 def test_fashion_mnist_from_debian_package(tmp_path, monkeypatch):
     package = tmp_path / "package"
-    write_fashion_mnist(package, compress=True)
+    write_idx_files(package, compress=True)
     monkeypatch.setattr(sources, "FASHION_MNIST_DEBIAN", package)
     assert len(build("FashionMNIST", tmp_path / "empty").train) == 20
 
@@ -419,7 +464,7 @@ def test_fashion_mnist_from_debian_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize("keep", [0, 2, 10, 16, 500])
 def test_truncated_idx_file_is_named(tmp_path, compress, keep):
     raw = tmp_path / "FashionMNIST" / "raw"
-    write_fashion_mnist(raw, compress)
+    write_idx_files(raw, compress)
     damaged = raw / ("t10k-images-idx3-ubyte" + (".gz" if compress else ""))
     damaged.write_bytes(damaged.read_bytes()[:keep])
     with pytest.raises(UserError, match=rf"{re.escape(str(damaged))} is damaged or not an IDX file"):
@@ -429,7 +474,7 @@ def test_truncated_idx_file_is_named(tmp_path, compress, keep):
 @pytest.mark.usefixtures("no_debian_package")
 def test_wrong_idx_content_is_named(tmp_path):
     raw = tmp_path / "FashionMNIST" / "raw"
-    images, labels, *_ = write_fashion_mnist(raw, compress=False)
+    images, labels, *_ = write_idx_files(raw, compress=False)
     label_file, image_file = raw / "train-labels-idx1-ubyte", raw / "train-images-idx3-ubyte"
     for content, message in (
         (idx_bytes([labels]) + b"x", "1 bytes are left over"),
@@ -478,6 +523,7 @@ def no_network(monkeypatch):
             "FashionMNIST/raw",
             ["train-images-idx3-ubyte", "dataset-fashion-mnist", "no package"],
         ),
+        ("MNIST", "MNIST/raw", ["t10k-labels-idx1-ubyte", "ossci-datasets"]),
     ],
 )
 def test_failed_download_says_what_to_do(tmp_path, no_network, capsys, name, folder, parts):
@@ -488,43 +534,13 @@ def test_failed_download_says_what_to_do(tmp_path, no_network, capsys, name, fol
     for part in (name, str(tmp_path / folder), "Name or service not known", quickstart, *parts):
         assert part in message
     assert "\n" not in message
-    assert no_network == [10]
+    assert set(no_network) == {10}  # each attempt: MNIST has two mirrors
     assert socket.getdefaulttimeout() is None
     output = capsys.readouterr()
     assert "noise" not in output.out + output.err
 
 
 # --- CIFAR ---
-
-
-def write_cifar(root: Path, name: str, monkeypatch) -> tuple[np.ndarray, list[int]]:
-    """Small files in CIFAR's layout, their checksums known to torchvision; returns the training part."""
-    cifar = sources.CIFAR_CLASSES[name]
-    label_key, classes = ("labels", 10) if name == "CIFAR10" else ("fine_labels", 100)
-    folder = root / cifar.base_folder
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    parts = []
-
-    def write(file: str, content: dict) -> tuple[str, str]:
-        (folder / file).write_bytes(pickle.dumps(content))
-        return file, hashlib.md5((folder / file).read_bytes(), usedforsecurity=False).hexdigest()
-
-    for list_name in ("train_list", "test_list"):
-        entries = []
-        for file, _ in getattr(cifar, list_name):
-            pixels, labels = (
-                random.integers(0, 256, (20, 3072), dtype=np.uint8),
-                [i % classes for i in range(20)],
-            )
-            parts.append((pixels, labels))
-            entries.append(list(write(file, {"data": pixels, label_key: labels})))
-        monkeypatch.setattr(cifar, list_name, entries)
-    names = [f"class {i}" for i in range(classes)]
-    _, checksum = write(cifar.meta["filename"], {cifar.meta["key"]: names})
-    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": checksum})
-    train = parts[:-1]
-    return np.concatenate([pixels for pixels, _ in train]), [label for _, labels in train for label in labels]
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
@@ -569,183 +585,3 @@ def test_damaged_cifar_file_is_named(tmp_path, monkeypatch, no_network):
     with pytest.raises(UserError, match=r"data_batch_3 is damaged .*cifar-10-python.tar.gz"):
         build("CIFAR10", tmp_path)
     assert no_network == []
-
-
-# --- image folders ---
-
-
-def make_folders(root: Path, test: str = "test", size: int = 8, per_class: int = 5) -> None:
-    """Two classes; every image has one colour: red is its class, green its number, blue 200 in the test."""
-    for part in ("train", test):
-        for label, name in enumerate(("cat", "dog")):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for number in range(per_class):
-                colour = (label, number, 0 if part == "train" else 200)
-                Image.new("RGB", (size, size), colour).save(folder / f"{number}.png")
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("test", ["test", "val"])
-def test_image_folder(tmp_path, test, workers):
-    make_folders(tmp_path, test)
-    splits = build("ImageFolder", tmp_path, holdout=0.4, workers=workers)
-    assert (splits.num_classes, splits.channels, splits.image_size, splits.class_names) == (
-        2,
-        3,
-        8,
-        ("cat", "dog"),
-    )
-    assert splits.train.crop_padding == 1
-    assert splits.train.flip
-    seen = []
-    for part, per_class, blue in ((splits.train, 3, 0), (splits.holdout, 2, 0), (splits.test, 5, 200)):
-        assert torch.bincount(part.labels).tolist() == [per_class] * 2
-        assert torch.equal(part.images[:, 0, 0, 0].long(), part.labels)
-        assert (part.images[:, 2] == blue).all()
-        seen += [tuple(colour) for colour in part.images[:, :, 3, 3].tolist()]
-    assert len(set(seen)) == 20
-
-
-def test_image_folder_is_shuffled_and_repeatable(tmp_path, monkeypatch):
-    make_folders(tmp_path, per_class=20)
-    monkeypatch.setattr(image_folder, "_IMAGES_PER_TASK", 3)
-    first, second = (build("ImageFolder", tmp_path, workers=workers) for workers in (0, 3))
-    assert torch.equal(first.train.images, second.train.images)
-    assert first.fingerprint == second.fingerprint
-    for part in (first.train, first.test):
-        assert 0 < part.labels[:20].sum() < 20
-
-
-def test_image_folder_prefers_test_to_val(tmp_path):
-    make_folders(tmp_path, "test", per_class=5)
-    for name in ("cat", "dog"):
-        (tmp_path / "val" / name).mkdir(parents=True)
-    assert len(build("ImageFolder", tmp_path).test) == 10
-
-
-def test_image_folder_statistics(tmp_path):
-    make_folders(tmp_path)
-    train = build("ImageFolder", tmp_path, holdout=0.4).train
-    # Red is 0 and 1, green 0 to 4, blue always 0: its deviation is held at one grey level.
-    np.testing.assert_allclose(np.array(train.mean) * 255, [0.5, 2, 0])
-    np.testing.assert_allclose(np.array(train.std) * 255, [1.0, np.sqrt(2), 1.0])
-
-
-def test_channel_statistics_equal_numpy():
-    images = np.random.default_rng(0).integers(0, 256, (7, 3, 5, 5), dtype=np.uint8)
-    mean, std = image_folder.channel_statistics(images)
-    np.testing.assert_allclose(mean, (images / 255).mean(axis=(0, 2, 3)))
-    np.testing.assert_allclose(std, (images / 255).std(axis=(0, 2, 3)))
-
-
-def test_image_folder_resizes_the_shorter_side_and_cuts_the_centre(tmp_path):
-    make_folders(tmp_path)
-    # 40x20: a red, a green and a red band; the middle half is green and fills the square.
-    wide = Image.new("RGB", (40, 20), (255, 0, 0))
-    wide.paste((0, 255, 0), (8, 0, 32, 20))
-    for part in ("train", "test"):
-        for path in (tmp_path / part).glob("*/*.png"):
-            wide.save(path)
-    splits = build("ImageFolder", tmp_path, image_size=10)
-    assert splits.image_size == 10
-    assert (splits.train.images[:, 1] == 255).all()
-    assert (splits.train.images[:, 0] == 0).all()
-
-
-def test_pixels_are_read_as_they_are(tmp_path):
-    make_folders(tmp_path, per_class=1)
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    for name in ("cat", "dog"):
-        Image.fromarray(pixels).save(tmp_path / "test" / name / "0.png")
-    images = build("ImageFolder", tmp_path).test.images.numpy()
-    np.testing.assert_array_equal(images, np.stack([pixels.transpose(2, 0, 1)] * 2))
-
-
-def test_gray_and_palette_images_become_rgb(tmp_path):
-    make_folders(tmp_path)
-    image = Image.new("RGB", (8, 8), (51, 51, 51))  # a grey of the palette too
-    image.convert("L").save(tmp_path / "train" / "cat" / "0.png")
-    image.convert("P").save(tmp_path / "train" / "cat" / "1.png", transparency=bytes(range(100)))
-    image.convert("RGBA").save(tmp_path / "train" / "cat" / "2.png")
-    train = build("ImageFolder", tmp_path).train
-    assert (train.images == 51).all(dim=(1, 2, 3)).sum() == 3
-
-
-def test_image_folder_without_root_or_parts(tmp_path):
-    with pytest.raises(UserError, match=r"there is no folder .*absent"):
-        build("ImageFolder", tmp_path / "absent")
-    with pytest.raises(UserError, match=r"holds no folder train/; expected"):
-        build("ImageFolder", tmp_path)
-    make_folders(tmp_path, "testing")
-    with pytest.raises(UserError, match=r"holds no folder test/ or val/; expected"):
-        build("ImageFolder", tmp_path)
-
-
-def test_image_folder_without_classes_or_images(tmp_path):
-    make_folders(tmp_path)
-    (tmp_path / "train" / "empty").mkdir()
-    with pytest.raises(UserError, match=r"train cannot be used: .*no valid file for the classes empty"):
-        build("ImageFolder", tmp_path)
-    (tmp_path / "bare" / "train").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"train cannot be used: .*any class folder"):
-        build("ImageFolder", tmp_path / "bare")
-
-
-def test_image_folder_with_differing_classes(tmp_path):
-    make_folders(tmp_path)
-    (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
-    with pytest.raises(UserError, match=r"differ \(only in \S+train: dog; only in \S+test: wolf\)"):
-        build("ImageFolder", tmp_path)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("content", [b"", b"not an image", None])
-def test_unreadable_image_is_named(tmp_path, workers, content):
-    make_folders(tmp_path, size=32)
-    broken = tmp_path / "train" / "dog" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:60] if content is None else content)
-    with pytest.raises(UserError, match=rf"cannot read image {re.escape(str(broken))} \("):
-        build("ImageFolder", tmp_path, workers=workers)
-
-
-def test_sixteen_bit_image_is_refused(tmp_path):
-    make_folders(tmp_path)
-    deep = tmp_path / "test" / "cat" / "1.png"
-    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(deep)
-    with pytest.raises(UserError, match=rf"cannot read image {re.escape(str(deep))} .*not 8-bit"):
-        build("ImageFolder", tmp_path)
-
-
-def test_image_bomb_is_refused(tmp_path, monkeypatch):
-    make_folders(tmp_path)
-    Image.new("RGB", (12, 12)).save(tmp_path / "test" / "cat" / "1.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UserError, match=r"cannot read image .*1.png .*exceeds limit"):
-        build("ImageFolder", tmp_path, image_size=8)
-
-
-def test_images_of_several_sizes_are_named(tmp_path):
-    make_folders(tmp_path)
-    odd = tmp_path / "test" / "dog" / "2.png"
-    Image.new("RGB", (9, 8)).save(odd)
-    with pytest.raises(
-        UserError,
-        match=rf"differ in size, \S+train\S+png is 8x8 .*{re.escape(str(odd))} is 9x8.*--image-size",
-    ):
-        build("ImageFolder", tmp_path)
-    assert build("ImageFolder", tmp_path, image_size=8).image_size == 8
-
-
-def test_images_that_are_not_square(tmp_path):
-    make_folders(tmp_path)
-    for path in (tmp_path / "train").glob("*/*.png"):
-        Image.new("RGB", (9, 8)).save(path)
-    with pytest.raises(UserError, match=r"is 9x8 pixels, not square; pass --image-size"):
-        build("ImageFolder", tmp_path)
-
-
-def test_too_many_pixels_are_refused_before_reading_them(tmp_path):
-    make_folders(tmp_path)
-    with pytest.raises(UserError, match=r"20 images of 9000x9000 pixels .* 4.5 GiB of memory, the limit is 4 GiB"):
-        build("ImageFolder", tmp_path, image_size=9000)

@@ -1,0 +1,179 @@
+"""Folders of images held in memory: what is found, how it is read, and the wording of every refusal."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import image_folder
+from tests.images import build, make_folders
+from utils.errors import UserError
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_image_folder(tmp_path, test, workers):
+    make_folders(tmp_path, test)
+    splits = build("ImageFolder", tmp_path, holdout=0.4, workers=workers)
+    assert (splits.num_classes, splits.channels, splits.image_size, splits.class_names) == (
+        2,
+        3,
+        8,
+        ("cat", "dog"),
+    )
+    assert splits.train.crop_padding == 1
+    assert splits.train.flip
+    seen = []
+    for part, per_class, blue in ((splits.train, 3, 0), (splits.holdout, 2, 0), (splits.test, 5, 200)):
+        assert torch.bincount(part.labels).tolist() == [per_class] * 2
+        assert torch.equal(part.images[:, 0, 0, 0].long(), part.labels)
+        assert (part.images[:, 2] == blue).all()
+        seen += [tuple(colour) for colour in part.images[:, :, 3, 3].tolist()]
+    assert len(set(seen)) == 20
+
+
+def test_image_folder_is_shuffled_and_repeatable(tmp_path, monkeypatch):
+    make_folders(tmp_path, per_class=20)
+    monkeypatch.setattr(image_folder, "_IMAGES_PER_TASK", 3)
+    first, second = (build("ImageFolder", tmp_path, workers=workers) for workers in (0, 3))
+    assert torch.equal(first.train.images, second.train.images)
+    assert first.fingerprint == second.fingerprint
+    for part in (first.train, first.test):
+        assert 0 < part.labels[:20].sum() < 20
+
+
+def test_image_folder_prefers_test_to_val(tmp_path):
+    make_folders(tmp_path, "test", per_class=5)
+    for name in ("cat", "dog"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+    assert len(build("ImageFolder", tmp_path).test) == 10
+
+
+def test_image_folder_statistics(tmp_path):
+    make_folders(tmp_path)
+    train = build("ImageFolder", tmp_path, holdout=0.4).train
+    # Red is 0 and 1, green 0 to 4, blue always 0: its deviation is held at one grey level.
+    np.testing.assert_allclose(np.array(train.mean) * 255, [0.5, 2, 0])
+    np.testing.assert_allclose(np.array(train.std) * 255, [1.0, np.sqrt(2), 1.0])
+
+
+def test_channel_statistics_equal_numpy():
+    images = np.random.default_rng(0).integers(0, 256, (7, 3, 5, 5), dtype=np.uint8)
+    mean, std = image_folder.channel_statistics(images)
+    np.testing.assert_allclose(mean, (images / 255).mean(axis=(0, 2, 3)))
+    np.testing.assert_allclose(std, (images / 255).std(axis=(0, 2, 3)))
+
+
+def test_image_folder_resizes_the_shorter_side_and_cuts_the_centre(tmp_path):
+    make_folders(tmp_path)
+    # 40x20: a red, a green and a red band; the middle half is green and fills the square.
+    wide = Image.new("RGB", (40, 20), (255, 0, 0))
+    wide.paste((0, 255, 0), (8, 0, 32, 20))
+    for part in ("train", "test"):
+        for path in (tmp_path / part).glob("*/*.png"):
+            wide.save(path)
+    splits = build("ImageFolder", tmp_path, image_size=10)
+    assert splits.image_size == 10
+    assert (splits.train.images[:, 1] == 255).all()
+    assert (splits.train.images[:, 0] == 0).all()
+
+
+def test_pixels_are_read_as_they_are(tmp_path):
+    make_folders(tmp_path, per_class=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for name in ("cat", "dog"):
+        Image.fromarray(pixels).save(tmp_path / "test" / name / "0.png")
+    images = build("ImageFolder", tmp_path).test.images.numpy()
+    np.testing.assert_array_equal(images, np.stack([pixels.transpose(2, 0, 1)] * 2))
+
+
+def test_gray_and_palette_images_become_rgb(tmp_path):
+    make_folders(tmp_path)
+    image = Image.new("RGB", (8, 8), (51, 51, 51))  # a grey of the palette too
+    image.convert("L").save(tmp_path / "train" / "cat" / "0.png")
+    image.convert("P").save(tmp_path / "train" / "cat" / "1.png", transparency=bytes(range(100)))
+    image.convert("RGBA").save(tmp_path / "train" / "cat" / "2.png")
+    train = build("ImageFolder", tmp_path).train
+    assert (train.images == 51).all(dim=(1, 2, 3)).sum() == 3
+
+
+def test_image_folder_without_root_or_parts(tmp_path):
+    with pytest.raises(UserError, match=r"there is no folder .*absent"):
+        build("ImageFolder", tmp_path / "absent")
+    with pytest.raises(UserError, match=r"holds no folder train/; expected"):
+        build("ImageFolder", tmp_path)
+    make_folders(tmp_path, "testing")
+    with pytest.raises(UserError, match=r"holds no folder test/ or val/; expected"):
+        build("ImageFolder", tmp_path)
+
+
+def test_image_folder_without_classes_or_images(tmp_path):
+    make_folders(tmp_path)
+    (tmp_path / "train" / "empty").mkdir()
+    with pytest.raises(UserError, match=r"train cannot be used: .*no valid file for the classes empty"):
+        build("ImageFolder", tmp_path)
+    (tmp_path / "bare" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"train cannot be used: .*any class folder"):
+        build("ImageFolder", tmp_path / "bare")
+
+
+def test_image_folder_with_differing_classes(tmp_path):
+    make_folders(tmp_path)
+    (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
+    with pytest.raises(UserError, match=r"differ \(only in \S+train: dog; only in \S+test: wolf\)"):
+        build("ImageFolder", tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_unreadable_image_is_named(tmp_path, workers, content):
+    make_folders(tmp_path, size=32)
+    broken = tmp_path / "train" / "dog" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:60] if content is None else content)
+    with pytest.raises(UserError, match=rf"cannot read image {re.escape(str(broken))} \("):
+        build("ImageFolder", tmp_path, workers=workers)
+
+
+def test_sixteen_bit_image_is_refused(tmp_path):
+    make_folders(tmp_path)
+    deep = tmp_path / "test" / "cat" / "1.png"
+    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(deep)
+    with pytest.raises(UserError, match=rf"cannot read image {re.escape(str(deep))} .*not 8-bit"):
+        build("ImageFolder", tmp_path)
+
+
+def test_image_bomb_is_refused(tmp_path, monkeypatch):
+    make_folders(tmp_path)
+    Image.new("RGB", (12, 12)).save(tmp_path / "test" / "cat" / "1.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"cannot read image .*1.png .*exceeds limit"):
+        build("ImageFolder", tmp_path, image_size=8)
+
+
+def test_images_of_several_sizes_are_named(tmp_path):
+    make_folders(tmp_path)
+    odd = tmp_path / "test" / "dog" / "2.png"
+    Image.new("RGB", (9, 8)).save(odd)
+    with pytest.raises(
+        UserError,
+        match=rf"differ in size, \S+train\S+png is 8x8 .*{re.escape(str(odd))} is 9x8.*--image-size",
+    ):
+        build("ImageFolder", tmp_path)
+    assert build("ImageFolder", tmp_path, image_size=8).image_size == 8
+
+
+def test_images_that_are_not_square(tmp_path):
+    make_folders(tmp_path)
+    for path in (tmp_path / "train").glob("*/*.png"):
+        Image.new("RGB", (9, 8)).save(path)
+    with pytest.raises(UserError, match=r"is 9x8 pixels, not square; pass --image-size"):
+        build("ImageFolder", tmp_path)
+
+
+def test_too_many_pixels_are_refused_before_reading_them(tmp_path, monkeypatch):
+    make_folders(tmp_path)
+    monkeypatch.setattr(image_folder, "MAX_BYTES", 900_000)
+    with pytest.raises(UserError, match=r"20 images of 127x127 pixels .* GiB of memory, the limit is .*of 128 or more"):
+        build("ImageFolder", tmp_path, image_size=127)

@@ -1,0 +1,123 @@
+"""The program on every kind of image set, from files to a summary; test_main.py does so for small image folders."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from args import parse_args
+from main import main
+from tests.images import make_photos, write_cifar, write_idx_files
+from utils.checkpoint import differences, load
+from utils.errors import UserError
+
+PROJECT = Path(__file__).parent.parent
+TINY = [
+    *("--arch", "resnet20_he", "--width-mult", "0.1", "--epochs", "1", "--batch-size", "4", "--no-finetune"),
+    *("--num-subnets", "0", "--bn-batches", "1", "--holdout", "0", "--sample-from-training-set"),
+]
+# The program; its second step sends SIGTERM to the whole process group, as `timeout` and batch systems do.
+STOPPED = """
+import os, subprocess, sys
+import main, trainers.recipe
+
+step, count = trainers.recipe.Recipe.step, iter(range(100))
+
+def interrupted_step(self, *arguments, **named):
+    if next(count) == 1:
+        # by another process: what their parent sends does not surprise the workers
+        subprocess.run(["kill", "-TERM", "--", f"-{os.getpid()}"], start_new_session=True)
+    return step(self, *arguments, **named)
+
+trainers.recipe.Recipe.step = interrupted_step
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+# Python 3.12 warns of every fork in a process that has threads, such as those of PyTorch.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def options(name: str, root: Path, *others: str, run: str = "run") -> list[str]:
+    return ["--set", name, "--data", str(root), "--log-dir", str(root / "runs"), "--name", run, *TINY, *others]
+
+
+def folder_of(root: Path, run: str = "run") -> Path:
+    return root / "runs" / "no_config" / run / "prune_rate=0.5"
+
+
+def summary(root: Path) -> dict:
+    return json.loads((folder_of(root) / "summary.json").read_text())
+
+
+def as_subprocess(arguments: list[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "main.py", *arguments]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
+def test_idx_sets(tmp_path, name):
+    write_idx_files(tmp_path / name / "raw", compress=True)
+    result = as_subprocess(options(name, tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert f"trained resnet20_he on {name}: 1 epochs" in result.stdout
+    assert summary(tmp_path)["set"] == name
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_cifar_sets(tmp_path, monkeypatch, name):
+    """In this process, because torchvision has to be told the checksums of small files."""
+    write_cifar(tmp_path, name, monkeypatch)
+    assert main(options(name, tmp_path)) == 0
+    assert summary(tmp_path)["set"] == name
+
+
+def test_imagenet_with_a_wrong_number_of_classes(tmp_path):
+    make_photos(tmp_path, per_class=1, test="val")
+    result = as_subprocess(options("ImageNet", tmp_path))
+    assert result.returncode == 2
+    assert "train holds 2 class folders, expected 1000" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_streamed_run_stopped_by_a_signal_to_all_its_processes_resumes_bit_equal(tmp_path):
+    """And with another number of workers than before it was stopped."""
+    make_photos(tmp_path, per_class=12)
+    streamed = ("--image-size", "128", "--print-freq", "1")
+    assert main(options("ImageFolder", tmp_path, *streamed, "--workers", "0", run="whole")) == 0
+
+    command = [
+        sys.executable,
+        "-c",
+        STOPPED,
+        *options("ImageFolder", tmp_path, *streamed, "--workers", "2", run="parts"),
+    ]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=240, start_new_session=True)
+    assert result.returncode == 143, result.stderr
+    assert "stopped after step 2 of epoch 1, saved; go on with: python main.py --resume" in result.stdout
+
+    assert main(["--resume", str(folder_of(tmp_path, "parts")), "--workers", "0"]) == 0
+    whole, parts = (load(folder_of(tmp_path, run) / "checkpoints/last.pt") for run in ("whole", "parts"))
+    for state in (whole, parts):
+        del state["clocks"], state["config"]
+    assert differences(whole, parts) == []
+
+
+def test_a_file_that_breaks_while_a_run_trains_ends_it_with_one_sentence(tmp_path, monkeypatch, capsys):
+    make_photos(tmp_path, per_class=4)
+    # As if they broke after the look that is taken at every file before a run starts.
+    monkeypatch.setattr("data.image_folder.without_bad_images", lambda part, *_: part)
+    for path in (tmp_path / "test").glob("*/*.jpg"):
+        path.write_bytes(b"")
+    assert main(options("ImageFolder", tmp_path, "--image-size", "128", "--workers", "1")) == 2
+    assert "cannot read image" in capsys.readouterr().err
+
+
+def test_bad_images_is_refused_where_it_has_no_effect(tmp_path):
+    with pytest.raises(UserError, match=r"--bad-images \(command line\) has no effect: set is CIFAR10"):
+        parse_args(["--set", "CIFAR10", "--bad-images", "skip"])
+    config = tmp_path / "config.yaml"
+    config.write_text("bad_images: skip\nset: CIFAR10\n")
+    assert parse_args(["--config", str(config)]).config.data.bad_images == "skip"
+    assert parse_args(["--set", "ImageNet", "--bad-images", "skip"]).config.data.bad_images == "skip"

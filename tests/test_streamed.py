@@ -1,0 +1,432 @@
+"""Images streamed from files: the same whatever decodes them, bytes until the device, and bad files named."""
+
+import io
+import multiprocessing
+import os
+import random as python_random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from data import ImageSet, StreamedSet, files, streamed
+from data.files import ClassFolder, find_image_folder, without_bad_images
+from tests.images import build, by_label, in_order, make_photos
+from utils.errors import UserError
+
+# Python 3.12 warns of every fork in a process that has threads, such as those of PyTorch.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory) -> Path:
+    """23 images of several shapes and formats in one folder; the name of each is its number."""
+    folder, random = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
+    for number in range(23):
+        pixels = random.integers(0, 256, (40 + number % 7, 60 - number % 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.{('png', 'jpg')[number % 2]}")
+    return folder
+
+
+def make_set(folder: Path, workers: int = 0, image_size: int = 16, **settings) -> StreamedSet:
+    """All images of a folder; image i has label i, so that a batch says which images it holds."""
+    found = sorted(str(path) for path in folder.iterdir())
+    sizes = np.array([os.path.getsize(path) for path in found])
+    part = ClassFolder(folder, tuple(found), found, np.arange(len(found)), sizes)
+    images = StreamedSet.from_folder(part, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)), image_size, workers)
+    for name, value in settings.items():
+        setattr(images, name, value)
+    return images
+
+
+def assert_same_batches(actual, expected):
+    for (a, b), (c, d) in zip(actual, expected, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, d)
+
+
+# --- order and augmentation ---
+
+
+def test_order_is_that_of_images_in_memory(noise):
+    in_memory = ImageSet(
+        images=torch.zeros(23, 1, 1, 1, dtype=torch.uint8), labels=torch.arange(23), mean=(0.0,), std=(1.0,)
+    )
+    expected = in_order(in_memory.train_batches(5, seed=3, epoch=2))
+    assert in_order(make_set(noise).train_batches(5, seed=3, epoch=2, start=1)) == expected[5:]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_and_start_change_nothing(noise, workers):
+    images, others = make_set(noise), make_set(noise, workers)
+    whole = list(images.train_batches(5, seed=1, epoch=7))
+    for start in (0, 3, 4):
+        assert_same_batches(others.train_batches(5, seed=1, epoch=7, start=start), whole[start:])
+    assert_same_batches(others.batches(10), images.batches(10))
+    assert [len(labels) for _, labels in others.batches(10)] == [10, 10, 3]
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone(noise):
+    images = make_set(noise)
+    first = by_label(images.train_batches(23, seed=1, epoch=7))
+    second = by_label(images.train_batches(6, seed=1, epoch=7))
+    assert len(second) == 18
+    assert all(torch.equal(first[label], image) for label, image in second.items())
+    for seed, epoch in ((1, 8), (2, 7)):
+        other = by_label(images.train_batches(23, seed=seed, epoch=epoch))
+        assert not any(torch.equal(first[label], image) for label, image in other.items())
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_parts_of_all_ranks_are_the_batches_of_one(noise, num_ranks):
+    ranks = [make_set(noise, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    batches = [images.train_batches(7, seed=5, epoch=3) for images in ranks]
+    for expected, *shared in zip(make_set(noise).train_batches(7, seed=5, epoch=3), *batches, strict=True):
+        for one, several in zip(expected, zip(*shared, strict=True), strict=True):
+            assert torch.equal(one, torch.cat(several))
+    evaluated = [by_label(images.batches(11)) for images in ranks]
+    assert sorted(label for part in evaluated for label in part) == list(range(23))
+    whole = by_label(make_set(noise).batches(11))
+    assert all(torch.equal(image, whole[label]) for part in evaluated for label, image in part.items())
+    part = ranks[1].subset([4, 2])
+    assert (part.rank, part.num_ranks) == (1, num_ranks)
+
+
+def test_what_start_leaves_out_is_not_decoded(noise, monkeypatch):
+    opened = []
+    monkeypatch.setattr(streamed, "open_rgb", lambda path: opened.append(path) or files.open_rgb(path))
+    list(make_set(noise).train_batches(5, seed=0, epoch=0, start=3))
+    assert len(opened) == len(set(opened)) == 5
+    opened.clear()
+    list(make_set(noise, rank=1, num_ranks=2).train_batches(5, seed=0, epoch=0, start=3))
+    assert len(opened) == 3
+
+
+def test_training_crops_are_those_of_torchvision(tmp_path):
+    """Red counts columns and green rows, so an image shows which part of the original it is, and if mirrored."""
+    size = 200
+    ramp = np.arange(size, dtype=np.uint8)
+    pixels = np.zeros((size, size, 3), dtype=np.uint8)
+    pixels[:, :, 0], pixels[:, :, 1] = ramp[None, :], ramp[:, None]
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    levels = make_set(tmp_path, image_size=50, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    [(batch, _)] = levels.subset([0] * 400).train_batches(400, seed=0, epoch=0)
+    # Between the centres of the outermost pixels lie 49 of 50 parts of the crop; rounding moves each by half a level.
+    columns = (batch[:, 0, 25, -1] - batch[:, 0, 25, 0]) * 50 / 49
+    rows = (batch[:, 1, -1, 25] - batch[:, 1, 0, 25]) * 50 / 49
+    area, ratio = (columns.abs() * rows / size**2).numpy(), (columns.abs() / rows).numpy()
+    assert (rows > 0).all()
+    assert 0.07 < area.min() < 0.12
+    assert 0.9 < area.max() < 1.02
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        draw = transforms.RandomResizedCrop(50)
+        drawn = np.array([draw.get_params(torch.empty(1, size, size), draw.scale, draw.ratio) for _ in range(2000)])
+    expected = drawn[:, 2] * drawn[:, 3] / size**2
+    assert abs(area.mean() - expected.mean()) < 5 * expected.std() * np.sqrt(1 / 400 + 1 / 2000)
+    assert 0.72 < ratio.min() < 0.85
+    assert 1.2 < ratio.max() < 1.37
+    assert abs((columns < 0).double().mean() - 0.5) < 5 * 0.5 / 20
+
+
+def test_evaluation_is_the_usual_resize_and_centre_crop(noise):
+    images = make_set(noise, image_size=28)
+    usual = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(28), transforms.PILToTensor()])
+    expected = [usual(Image.open(noise / os.fsdecode(name)).convert("RGB")) for name in images.files]
+    assert all(
+        torch.equal(image, other) for image, other in zip(torch.cat(list(images.pixels())), expected, strict=True)
+    )
+    normalise = transforms.Normalize(images.mean, images.std)
+    normalised = torch.stack([normalise(image / 255) for image in expected])
+    torch.testing.assert_close(torch.cat([batch for batch, _ in images.batches(5)]), normalised, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bytes_leave_the_workers_and_floats_the_set(noise, monkeypatch, channels_last):
+    seen, normalise = [], StreamedSet._normalise
+    monkeypatch.setattr(
+        StreamedSet, "_normalise", lambda self, batch: seen.append(batch.dtype) or normalise(self, batch)
+    )
+    images = make_set(noise, workers=1, channels_last=channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    for batches in (images.batches(12), images.train_batches(11, seed=0, epoch=0)):
+        for batch, labels in batches:
+            assert (batch.dtype, labels.dtype) == (torch.float32, torch.int64)
+            assert batch.is_contiguous(memory_format=memory_format)
+    assert seen == [torch.uint8] * 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_global_generator_is_read_or_advanced(noise, workers):
+    images = make_set(noise, workers)
+
+    def states():
+        return torch.random.get_rng_state(), np.random.get_state()[1].tolist(), python_random.getstate()  # noqa: NPY002
+
+    torch.manual_seed(1)
+    before = states()
+    first = [batch for batch, _ in images.train_batches(8, seed=0, epoch=0)]
+    assert torch.equal(before[0], states()[0])
+    assert before[1:] == states()[1:]
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, (b, _) in zip(first, images.train_batches(8, seed=0, epoch=0), strict=True))
+
+
+def test_subset_keeps_order_and_settings(noise):
+    images = make_set(noise, channels_last=True)
+    part = images.subset(torch.tensor([7, 1, 4]))
+    assert in_order(part.batches(2)) == [7, 1, 4]
+    assert (part.mean, part.std, part.image_size, part.channels_last) == (images.mean, images.std, 16, True)
+    whole = by_label(images.batches(23))
+    assert all(torch.equal(image, whole[label]) for label, image in by_label(part.batches(3)).items())
+    assert list(images.subset([]).batches(4)) == []
+    assert in_order(images.batches(5, limit=2)) == list(range(10))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cuda_gives_the_same_batches_from_pinned_memory(noise, workers):
+    images = make_set(noise, workers)
+    on_gpu = images.to(torch.device("cuda:0"))
+    for (a, b), (c, d) in zip(
+        on_gpu.train_batches(8, seed=1, epoch=1), images.train_batches(8, seed=1, epoch=1), strict=True
+    ):
+        torch.testing.assert_close(a.cpu(), c)
+        assert torch.equal(b.cpu(), d)
+    assert all(batch.is_pinned() for batch in on_gpu._decoded(list(range(23)), [slice(0, 8)], None))
+
+
+# --- whole sets ---
+
+
+def stream(root: Path, **settings):
+    return build("ImageFolder", root, **{"image_size": 128} | settings)
+
+
+def test_image_folder_is_streamed_from_128_pixels_on(tmp_path):
+    make_photos(tmp_path)
+    splits = stream(tmp_path, holdout=1 / 3, workers=2)
+    assert isinstance(splits.train, StreamedSet)
+    assert not isinstance(stream(tmp_path, image_size=127).train, StreamedSet)
+    assert (splits.num_classes, splits.channels, splits.image_size) == (2, 3, 128)
+    seen = []
+    for part, per_class in ((splits.train, 4), (splits.holdout, 2), (splits.test, 6)):
+        assert torch.bincount(part.labels).tolist() == [per_class] * 2
+        red = torch.cat(list(part.pixels()))[:, 0].float().mean(dim=(1, 2))
+        assert torch.equal((red > 100).long(), part.labels)
+        seen += [(part.folder, name) for name in part.files.tolist()]
+    assert len(set(seen)) == 24
+    assert 0 < stream(tmp_path).test.labels[:6].sum() < 6  # shuffled, not sorted by class
+
+
+def test_statistics_are_those_of_the_training_images_as_they_are_evaluated(tmp_path, monkeypatch):
+    make_photos(tmp_path)
+    train = stream(tmp_path).train
+    pixels = torch.cat(list(train.pixels())).double() / 255
+    np.testing.assert_allclose(train.mean, pixels.mean(dim=(0, 2, 3)))
+    np.testing.assert_allclose(train.std, pixels.std(dim=(0, 2, 3), correction=0))
+    # Of many images an even choice is read: both classes, whatever is held out.
+    monkeypatch.setattr("data.image_folder.STREAMED_IMAGES_FOR_STATISTICS", 4)
+    mean = stream(tmp_path, holdout=0.5).train.mean
+    assert mean[0] == pytest.approx(100 / 255, abs=0.03)
+    assert mean == stream(tmp_path, workers=2).train.mean
+
+
+def test_fingerprint_tells_files_apart_but_not_places(tmp_path):
+    make_photos(tmp_path / "here")
+    first = stream(tmp_path / "here").fingerprint
+    assert first != stream(tmp_path / "here", image_size=130).fingerprint
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert first == stream(tmp_path / "there", workers=2).fingerprint
+    photo = tmp_path / "there" / "train" / "cat" / "1.jpg"
+    photo.rename(photo.with_name("1b.jpg"))  # its place in the order stays
+    assert first != stream(tmp_path / "there").fingerprint
+    photo.with_name("1b.jpg").rename(photo)
+    assert first == stream(tmp_path / "there").fingerprint
+    Image.open(photo).save(photo, quality=50)
+    assert first != stream(tmp_path / "there").fingerprint
+
+
+@pytest.mark.parametrize("inner", ["", "ImageNet"])
+def test_imagenet_layouts_statistics_and_size(tmp_path, monkeypatch, inner):
+    make_photos(tmp_path / inner, per_class=2, test="val")
+    monkeypatch.setattr(files, "IMAGENET_CLASSES", 2)
+    splits = build("ImageNet", tmp_path)
+    assert (splits.image_size, len(splits.train), len(splits.test)) == (224, 4, 4)
+    assert splits.train.mean == (0.485, 0.456, 0.406)
+    [(batch, _)] = splits.test.batches(4)
+    assert batch.shape == (4, 3, 224, 224)
+    assert build("ImageNet", tmp_path, image_size=64).train.shape == (4, 3, 64, 64)
+
+
+def test_imagenet_with_another_number_of_classes_is_refused(tmp_path):
+    make_photos(tmp_path, test="val")
+    with pytest.raises(UserError, match=r"train holds 2 class folders, expected 1000: .*--set ImageFolder"):
+        build("ImageNet", tmp_path)
+    with pytest.raises(UserError, match=r"there is no folder \S+nowhere"):
+        build("ImageNet", tmp_path / "nowhere")
+    (tmp_path / "val").rename(tmp_path / "test")
+    with pytest.raises(UserError, match=r"holds no folder val/"):
+        build("ImageNet", tmp_path)
+
+
+def test_a_class_that_only_one_part_has_is_refused_before_files_are_read(tmp_path, monkeypatch):
+    make_photos(tmp_path, per_class=1, test="val")
+    (tmp_path / "val" / "dog").rename(tmp_path / "val" / "wolf")
+    monkeypatch.setattr(files, "IMAGENET_CLASSES", 2)
+    for name in ("ImageNet", "ImageFolder"):
+        with pytest.raises(UserError, match=r"differ \(only in \S+train: dog; only in \S+val: wolf\)"):
+            build(name, tmp_path, image_size=128)
+
+
+# --- bad files ---
+
+
+def as_bytes(image: Image.Image, format: str) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format)
+    return stream.getvalue()
+
+
+GREY = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8))
+BAD_FILES = {
+    "empty.jpg": b"",
+    "text.jpg": b"not an image",
+    "truncated.jpg": as_bytes(GREY, "JPEG")[:-200],
+    "header_only.jpg": as_bytes(GREY, "JPEG")[:200],
+    "truncated.png": as_bytes(GREY, "PNG")[:-30],
+    "header_only.png": as_bytes(GREY, "PNG")[:20],
+    "truncated.bmp": as_bytes(GREY, "BMP")[:-30],
+    "truncated.webp": as_bytes(GREY, "WEBP")[:-30],
+    "deep.png": as_bytes(Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)), "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_named_before_training(tmp_path, name):
+    make_photos(tmp_path, per_class=1)
+    bad = tmp_path / "test" / "dog" / name
+    bad.write_bytes(BAD_FILES[name])
+    with pytest.raises(UserError, match=r"cannot read image \S+ \(.*--bad-images skip") as caught:
+        stream(tmp_path, workers=2)
+    assert str(bad) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    make_photos(tmp_path, per_class=1)
+    link = tmp_path / "train" / "cat" / "lost.jpg"
+    link.symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(UserError, match=r"cannot read image \S+lost.jpg \(.*No such file"):
+        stream(tmp_path)
+
+
+def test_image_bomb_is_refused_from_its_header(tmp_path, monkeypatch):
+    make_photos(tmp_path, per_class=1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150 * 170 - 1)
+    with pytest.raises(UserError, match=r"cannot read image .*0.png .*exceeds limit"):
+        stream(tmp_path, workers=2)
+
+
+def test_unusual_but_whole_images_are_read(tmp_path):
+    """Bytes behind the end, CMYK, grey, palettes with transparency: a full decode, not the ends, has the last word."""
+    make_photos(tmp_path, per_class=1)
+    folder = tmp_path / "train" / "cat"
+    (folder / "padded.jpg").write_bytes(as_bytes(GREY, "JPEG") + bytes(500))
+    (folder / "cmyk.jpg").write_bytes(as_bytes(GREY.convert("CMYK"), "JPEG"))
+    (folder / "grey.jpg").write_bytes(as_bytes(GREY.convert("L"), "JPEG"))
+    (folder / "a_png.jpg").write_bytes(as_bytes(GREY, "PNG"))
+    GREY.convert("P").save(folder / "palette.png", transparency=bytes(range(100)))
+    (folder / "other.webp").write_bytes(as_bytes(GREY, "WEBP"))
+    splits = stream(tmp_path, workers=1)
+    assert len(splits.train) == 8
+    for batch, _ in (*splits.train.batches(8), *splits.train.train_batches(8, seed=0, epoch=0)):
+        assert torch.isfinite(batch).all()
+
+
+def test_whole_jpeg_and_png_files_are_not_decoded_by_the_check(tmp_path, monkeypatch):
+    make_photos(tmp_path, per_class=3)
+    monkeypatch.setattr(files, "check_by_decoding", lambda path: pytest.fail(f"{path} is decoded"))
+    train, _ = find_image_folder(tmp_path)
+    checked = without_bad_images(train, "error", workers=2)
+    assert checked.num_bytes.tolist() == [os.path.getsize(path) for path in train.files]
+
+
+@pytest.mark.parametrize("image_size", [8, 128])
+def test_skipping_bad_files_is_as_if_they_had_never_been_there(tmp_path, capsys, image_size):
+    make_photos(tmp_path)
+    clean = build("ImageFolder", tmp_path, image_size=image_size)
+    for number, (name, content) in enumerate(BAD_FILES.items()):
+        part, label = ("train", "test")[number % 2], ("cat", "dog")[number % 3 % 2]
+        (tmp_path / part / label / name).write_bytes(content)
+    with pytest.raises(UserError, match="cannot read image"):
+        build("ImageFolder", tmp_path, image_size=image_size)
+    capsys.readouterr()
+    rest = build("ImageFolder", tmp_path, image_size=image_size, workers=2, bad_images="skip")
+    assert (rest.fingerprint, rest.train.mean) == (clean.fingerprint, clean.train.mean)
+    for part, other in ((rest.train, clean.train), (rest.test, clean.test)):
+        assert_same_batches(part.batches(6), other.batches(6))
+    said = capsys.readouterr().out
+    assert all(name in said for name in BAD_FILES)
+    assert f"leaving out 5 of the 17 images in {tmp_path / 'train'}" in said
+    assert f"leaving out 4 of the 16 images in {tmp_path / 'test'}" in said
+
+
+def test_at_most_twenty_bad_files_are_listed_and_the_rest_counted(tmp_path, capsys):
+    make_photos(tmp_path, per_class=1)
+    for number in range(25):
+        (tmp_path / "train" / "cat" / f"bad{number:02}.jpg").write_bytes(b"")
+    assert len(stream(tmp_path, bad_images="skip").train) == 2
+    said = capsys.readouterr().out
+    assert said.count(".jpg (") == 20
+    assert "bad19.jpg" in said
+    assert "and 5 more" in said
+
+
+@pytest.mark.parametrize("image_size", [0, 128])
+def test_a_class_that_skipping_would_empty_is_refused(tmp_path, image_size):
+    make_photos(tmp_path, per_class=1)
+    (tmp_path / "test" / "dog" / "0.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no image of class dog in \S+test can be read"):
+        build("ImageFolder", tmp_path, image_size=image_size, bad_images="skip")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_breaks_while_training_is_a_user_error_in_one_sentence(tmp_path, workers):
+    make_photos(tmp_path)
+    train = stream(tmp_path, workers=workers).train
+    broken = tmp_path / "train" / "dog" / "3.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    with pytest.raises(UserError, match=r"cannot read image \S+ any more \(.*--resume") as caught:
+        list(train.train_batches(2, seed=0, epoch=0))
+    assert str(broken) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_workers_of_an_epoch_that_is_not_finished_end_before_the_program(noise, monkeypatch):
+    """Python waits for its processes at exit, while workers outlive the signal that it sends them."""
+    at_exit = []
+    monkeypatch.setattr(streamed.atexit, "register", at_exit.append)
+    monkeypatch.setattr(streamed.atexit, "unregister", at_exit.remove)
+    others = set(multiprocessing.active_children())
+    batches = make_set(noise, workers=2).train_batches(2, seed=0, epoch=0)
+    next(batches)
+    assert len(set(multiprocessing.active_children()) - others) == 2
+    [end] = at_exit
+    end()
+    assert set(multiprocessing.active_children()) == others
+    del batches
+    assert at_exit == []
+
+
+def test_a_worker_that_is_killed_is_a_user_error(noise, monkeypatch):
+    """As by the kernel, when memory is full."""
+    monkeypatch.setattr(streamed, "open_rgb", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match=r"a process that decodes images has died .*fewer --workers \(now 1\)"):
+        list(make_set(noise, workers=1).batches(4))
