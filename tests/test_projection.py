@@ -1,7 +1,8 @@
-"""The projection onto box and budget: properties that define it, and a slow reference that bisects."""
+"""The projections onto box and budget: properties that define them, and slow references that bisect."""
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from utils.projection import project_onto_budget
+from tests.test_budget import SMALL, STREAMS, UNITS, graph_of
+from tests.toy import NETWORKS
+from utils import projection
+from utils.budget import ExpectedCost
+from utils.projection import TOLERANCE, project_onto_budget, project_onto_cost
 
 # Some values are common on purpose: ties, the corners of the box, differences of exactly 1 (coinciding breaks).
 VALUES = st.one_of(
@@ -190,3 +195,162 @@ def test_the_input_is_left_alone():
 def test_out_of_range_is_refused(budget):
     with pytest.raises(ValueError, match=r"budget must lie in \[0, 3\]"):
         project_onto_budget(torch.rand(3), budget)
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def bisected_with_weights(z: np.ndarray, w: np.ndarray, budget: float) -> np.ndarray:
+    """Slow reference: bisection for v to the last bit."""
+    if w @ z.clip(0, 1) <= budget:
+        return z.clip(0, 1)
+    low, high = 0.0, float((z / np.where(w > 0, w, 1)).max())
+    for _ in range(200):
+        middle = (low + high) / 2
+        if w @ (z - middle * w).clip(0, 1) > budget:
+            low = middle
+        else:
+            high = middle
+    return (z - high * w).clip(0, 1)
+
+
+@settings(REPEATABLE, max_examples=100)
+@given(problems(), st.data())
+def test_weights(problem, data):
+    scores_U, budget = problem
+    weight = st.one_of(st.sampled_from([0.0, 1.0, 2.0]), st.floats(0.01, 10.0))
+    w = np.array(data.draw(st.lists(weight, min_size=len(scores_U), max_size=len(scores_U))))
+    budget *= w.sum() / len(w)
+    projected, v = project_onto_budget(scores_U, budget, torch.from_numpy(w))
+    np.testing.assert_allclose(projected.numpy(), bisected_with_weights(scores_U.numpy(), w, budget), atol=1e-9)
+    assert w @ projected.numpy() <= budget * (1 + 1e-6) + ROUNDING * max(1.0, w.max())
+    assert v >= 0
+
+
+@settings(REPEATABLE, max_examples=50)
+@given(problems())
+def test_equal_weights_are_no_weights(problem):
+    scores_U, budget = problem
+    plain, v = project_onto_budget(scores_U, budget)
+    weighted, v_weighted = project_onto_budget(scores_U, 4 * budget, torch.full_like(scores_U, 4.0))
+    torch.testing.assert_close(weighted, plain, rtol=0, atol=1e-12)
+    assert 4 * v_weighted == pytest.approx(float(v), abs=1e-12)
+
+
+# --- what a network costs -------------------------------------------------------------------------------------------
+
+
+@cache
+def costs() -> list[ExpectedCost]:
+    nets = {**NETWORKS, **SMALL}.values()
+    return [ExpectedCost(graph_of(net, stream), unit) for net in nets for stream in STREAMS for unit in UNITS]
+
+
+@st.composite
+def cost_problems(draw, spread: float) -> tuple[Tensor, ExpectedCost, float]:
+    """A network, its budget, and scores about so far from the box; many of them equal, 0 or 1."""
+    cost = draw(st.sampled_from(costs()))
+    random = np.random.default_rng(draw(st.integers(0, 10_000)))
+    scores = 0.5 + (1 + spread) * (random.random(cost.num_units) - 0.5)
+    kind = random.integers(0, 4, cost.num_units)
+    scores = np.where(kind == 0, scores[0], np.where(kind == 1, random.integers(0, 2, cost.num_units), scores))
+    fraction = draw(st.one_of(st.sampled_from([0.02, 0.5, 1.0]), st.floats(0.01, 1.0)))
+    return torch.from_numpy(scores), cost, cost.fixed + fraction * (cost.dense - cost.fixed)
+
+
+def check_feasible(scores_U: Tensor, cost: ExpectedCost, budget: float) -> tuple[Tensor, Tensor]:
+    """Projects; what holds whatever the scores."""
+    boxed_U = scores_U.clamp(0, 1)
+    projected, v = project_onto_cost(scores_U, cost, budget)
+    assert projected.dtype == scores_U.dtype
+    assert projected.min() >= 0
+    assert (projected <= boxed_U).all()  # so a score of 0 stays exactly that, which retirement builds on
+    if cost(boxed_U.numpy()) <= budget:
+        assert torch.equal(projected, boxed_U)
+        assert v == 0
+    else:
+        assert abs(cost(projected.numpy()) - budget) <= TOLERANCE * budget
+        assert v >= 0
+    return projected, v
+
+
+def residual(scores_U: Tensor, projected: Tensor, v: Tensor, cost: ExpectedCost) -> float:
+    """How far clip(z - v g, 0, 1) is from the result, with the slopes there: 0 at a stationary point."""
+    slope_U = torch.from_numpy(cost.with_gradient(projected.numpy())[1])
+    stationary = (scores_U - v * slope_U / (slope_U.mean() + 1e-300)).clamp(0, 1)
+    return float((projected - stationary).abs().max())
+
+
+@settings(REPEATABLE, max_examples=150)
+@given(cost_problems(spread=0.0), st.integers(0, 10_000))
+def test_scores_one_step_away_become_a_stationary_point_of_the_distance(problem, seed):
+    scores_U, cost, budget = problem
+    before_U, _ = check_feasible(scores_U, cost, budget)
+    steps = torch.from_numpy(np.random.default_rng(seed).choice([-0.03, 0.0, 0.02, 0.03], cost.num_units))
+    after_U, v = check_feasible(before_U + steps, cost, budget)
+    assert residual(before_U + steps, after_U, v, cost) <= 1e-4
+    again_U, _ = project_onto_cost(after_U, cost, budget)
+    torch.testing.assert_close(again_U, after_U, rtol=0, atol=1e-5)
+
+
+@settings(REPEATABLE, max_examples=150)
+@given(cost_problems(spread=2.0))
+def test_scores_from_anywhere_meet_the_budget(problem):
+    scores_U, cost, budget = problem
+    with pytest.MonkeyPatch.context() as patch:
+        gave_up = []
+        between = projection._between
+        patch.setattr(projection, "_between", lambda *points: gave_up.append(1) or between(*points))
+        projected, v = check_feasible(scores_U, cost, budget)
+    assert gave_up or residual(scores_U, projected, v, cost) <= 1e-2
+
+
+@pytest.mark.parametrize("value", [1.0, 1.5])
+def test_half_steps_where_whole_ones_go_back_and_forth(value, monkeypatch):
+    cost = ExpectedCost(graph_of(NETWORKS["mixed"]), "params")
+    scores_U, budget = torch.full((cost.num_units,), value), cost.fixed + 0.2 * (cost.dense - cost.fixed)
+    monkeypatch.setattr(projection, "_between", None)  # not needed
+    projected, v = check_feasible(scores_U.double(), cost, budget)
+    assert residual(scores_U, projected, v, cost) <= 1e-3
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_the_budget_holds_even_when_the_rounds_run_out(rounds, monkeypatch):
+    monkeypatch.setattr(projection, "MAX_ROUNDS", rounds)
+    generator = torch.Generator().manual_seed(rounds)
+    for cost in costs():
+        scores_U = torch.rand(cost.num_units, generator=generator, dtype=torch.float64) * 2
+        check_feasible(scores_U, cost, cost.fixed + 0.1 * (cost.dense - cost.fixed))
+
+
+@settings(REPEATABLE, max_examples=100)
+@given(problems())
+def test_a_cost_that_is_linear_is_a_budget_of_units(problem):
+    scores_U, budget = problem
+    cost = linear_cost(len(scores_U))
+    projected, v = project_onto_cost(scores_U, cost, cost.fixed + budget / len(scores_U) * (cost.dense - cost.fixed))
+    exact, exact_v = project_onto_budget(scores_U, budget)
+    torch.testing.assert_close(projected, exact, rtol=0, atol=1e-12)
+    torch.testing.assert_close(v, exact_v, rtol=0, atol=1e-12)
+
+
+@cache
+def linear_cost(num_units: int) -> ExpectedCost:
+    """One maskable layer: what it costs grows with its units alone."""
+
+    class OneLayer(torch.nn.Sequential):
+        LAYERS = ("0",)
+
+        def __init__(self) -> None:
+            layers = torch.nn.Conv2d(3, num_units, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+            super().__init__(*layers, torch.nn.Linear(num_units, 10))
+
+    return ExpectedCost(graph_of(OneLayer), "params")
+
+
+def test_a_budget_below_what_is_always_there_is_refused():
+    cost = linear_cost(4)
+    assert cost.fixed == 10  # the shift of the classifier
+    assert (project_onto_cost(torch.rand(4), cost, 10.0)[0] == 0).all()
+    with pytest.raises(ValueError, match=r"budget must be at least 10\.0 .*got 9\.5"):
+        project_onto_cost(torch.rand(4), cost, 9.5)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.budget import ExpectedCost
 from utils.network import SparseNetwork
 
 Statistics = dict[str, tuple[Tensor, Tensor]]  # running mean and variance by name of the batch-norm
@@ -47,10 +48,7 @@ def best_within_budget(
     kept_fraction: float,
     vital_groups: Iterable[np.ndarray],
 ) -> np.ndarray:
-    """The units of highest value within the budget, never one of value 0 (ties: the lowest index).
-
-    Of each vital group the best unit comes first (where all its values are 0, the one with the highest score), so that
-    the layer guard has nothing to add afterwards.
+    """The units of highest value within a budget of units, never one of value 0 (ties: the lowest index).
 
     Args:
         values_U: (U,) in [0, 1].
@@ -60,10 +58,7 @@ def best_within_budget(
         vital_groups: see `ChannelGraph.vital_groups`.
     Returns: (U,) bool.
     """
-    priority_U = values_U.astype(np.float64)
-    for vital in vital_groups:
-        source_U = values_U if values_U[vital].any() else scores_U
-        priority_U[vital[source_U[vital].argmax()]] = np.inf
+    priority_U = _priorities(values_U, scores_U, vital_groups)
     mask_U = np.zeros(len(values_U), dtype=bool)
     for group in groups:
         priority = priority_U[group]
@@ -71,6 +66,57 @@ def best_within_budget(
         chosen = np.argsort(-priority, kind="stable")[:budget]
         mask_U[group] = np.isin(np.arange(len(priority)), chosen) & (priority > 0)
     return mask_U
+
+
+def best_within_cost(
+    values_U: np.ndarray, scores_U: np.ndarray, cost: ExpectedCost, budget: float, vital_groups: Iterable[np.ndarray]
+) -> np.ndarray:
+    """The units of highest value whose network stays within a budget, never one of value 0 (ties: the lowest index).
+
+    Units come in the order of their values until one does not fit; then those behind it that still do.
+
+    Args:
+        values_U: (U,) in [0, 1].
+        scores_U: (U,) in [0, 1].
+        cost: of the network.
+        budget: in the unit of the cost. The best units of the vital groups are kept whatever they cost.
+        vital_groups: see `ChannelGraph.vital_groups`.
+    Returns: (U,) bool.
+    """
+    priority_U = _priorities(values_U, scores_U, vital_groups)
+    order = np.argsort(-priority_U, kind="stable")[: np.count_nonzero(priority_U)]
+    budget += 1e-12 * cost.dense  # a whole number but for rounding is that number
+
+    def first(count: int) -> np.ndarray:
+        return np.isin(np.arange(len(priority_U)), order[:count])
+
+    low, high = np.count_nonzero(np.isinf(priority_U)), len(order)
+    while low < high:  # more units never cost less
+        middle = (low + high + 1) // 2
+        if cost(first(middle)) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    mask_U, rest = first(low), order[low:]
+    while True:
+        spent, extra_U = cost.with_gradient(mask_U)
+        fitting = np.flatnonzero(extra_U[rest] <= budget - spent)
+        if len(fitting) == 0:
+            return mask_U
+        mask_U[rest[fitting[0]]] = True
+        rest = rest[fitting[0] + 1 :]
+
+
+def _priorities(values_U: np.ndarray, scores_U: np.ndarray, vital_groups: Iterable[np.ndarray]) -> np.ndarray:
+    """The values, but infinite for the best unit of each vital group: the layer guard has nothing to add afterwards.
+
+    Where all values of a group are 0, its best unit is the one with the highest score.
+    """
+    priority_U = values_U.astype(np.float64)
+    for vital in vital_groups:
+        source_U = values_U if values_U[vital].any() else scores_U
+        priority_U[vital[source_U[vital].argmax()]] = np.inf
+    return priority_U
 
 
 def estimate_statistics(
