@@ -1,0 +1,436 @@
+"""Tables of results: what runs when, what is refused, what the report says. A small script stands in for main.py."""
+
+import csv
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from args import parse_args
+from tests.test_main import tiny_images  # noqa: F401  (a fixture)
+from utils import reproduce
+from utils.table_file import config_hash, read_table
+from utils.table_report import interval, t_quantile
+
+PROJECT = Path(__file__).parent.parent
+
+# Writes a run folder as main.py does. `orders.json` says by name of the run what else is to happen; `events.txt` gets a
+# line for every start, end and signal.
+STAND_IN = """
+import json, os, signal, sys, time
+from pathlib import Path
+import yaml
+
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if "--resume" in arguments:
+    folder = Path(arguments["--resume"])
+else:
+    config = Path(arguments["--config"])
+    options = yaml.safe_load(config.read_text())
+    first = Path(options["log_dir"]) / config.stem / arguments["--name"] / "prune_rate=x"
+    number, folder = 0, first
+    while folder.exists():
+        number += 1
+        folder = first / str(number)
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({**options, "seed": int(arguments["--seed"])}))
+options = yaml.safe_load((folder / "config.yaml").read_text())
+name = next(part for part in folder.parts if "-seed" in part)
+order = json.loads(Path("orders.json").read_text()).get(name, "")
+
+
+def note(what):
+    with open("events.txt", "a") as file:
+        file.write(f"{what} {name} {os.environ['OMP_NUM_THREADS']} {os.environ['OMP_WAIT_POLICY']}\\n")
+
+
+def save(number, frame):
+    note("saved")
+    (folder / "checkpoints" / "last.pt").write_text("")
+    sys.exit(128 + number)
+
+
+signal.signal(signal.SIGTERM, save)
+note("resume" if "--resume" in arguments else "start")
+if order == "fail":
+    print("error: no luck today", file=sys.stderr)
+    sys.exit(3)
+if order in ("meet", "ctrl-c together"):  # goes on only if another run is under way at the same time
+    deadline = time.monotonic() + 60
+    while Path("events.txt").read_text().count("start") < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+if order.startswith("ctrl-c"):
+    os.kill(os.getppid(), signal.SIGINT)
+if order == "wait" or order.startswith("ctrl-c"):
+    time.sleep(60)
+kept, seed, dense = options.get("keep_ratio", 1.0), options["seed"], options.get("conv_type") == "DenseConv"
+summary = {
+    "test_top1": 90.0 + seed if dense else 80.0 + 10 * kept + 2 * seed,
+    "flops_ratio": 1.0 if dense else kept**2 + seed / 1024,
+    "params_kept": kept,
+    "train_flops_ratio": kept,
+    "train_seconds": 100.0 * kept,
+    "epochs": options["epochs"],
+}
+(folder / "env.json").write_text(json.dumps({
+    "cpu": "Abacus", "cpu_capability": "AVX2", "num_threads": 2, "torch": "2.14.1", "git_commit": "0123456789abcdef",
+    "git_dirty": False,
+}))
+note("end")
+(folder / "summary.json").write_text(json.dumps(summary))
+"""
+TABLE = """
+title: A table
+note: Three rows.
+base: {arch: resnet20_he, epochs: 4, finetune: false}
+seeds: [0, 1]
+dense: dense
+rows:
+  dense: {conv_type: DenseConv}
+  half: {keep_ratio: 0.5}
+  same cost: {keep_ratio: {flops_of: half}, epochs: 8}
+compare: [[half, same cost]]
+"""
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Runs the command in an empty folder with the stand-in for main.py; returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+
+    def command(*options: str, table: str = TABLE, orders: dict | None = None) -> int:
+        Path("table.yaml").write_text(table)
+        Path("orders.json").write_text(json.dumps(orders or {}))
+        Path("events.txt").write_text("")
+        return reproduce.main(["table.yaml", *options], program=[sys.executable, "stand_in.py"])
+
+    return command
+
+
+def events(*kinds: str) -> list[str]:
+    """What the stand-ins did, in order; without the kind if only one is asked for."""
+    words = [line.split() for line in Path("events.txt").read_text().splitlines()]
+    return [name if len(kinds) == 1 else f"{kind} {name}" for kind, name, *_ in words if kind in kinds]
+
+
+def report() -> list[dict[str, str]]:
+    with open("results/table.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- what runs when ----
+
+
+def test_every_row_and_seed_runs_once_and_a_row_waits_for_the_flops_of_another(make):
+    assert make() == 0
+    names = [f"{row}-seed{seed}" for seed in (0, 1) for row in ("dense", "half", "same_cost")]
+    assert events("start") == names
+    for seed in (0, 1):
+        config = next(Path("runs/tables/table").glob(f"*/same_cost-seed{seed}/*/config.yaml"))
+        assert parse_args(["--config", str(config)]).config.sparsity.keep_ratio == 0.25 + seed / 1024
+    assert make() == 0
+    assert events("start", "resume") == []
+
+
+@pytest.mark.parametrize("jobs", [2, 3])
+def test_jobs_run_side_by_side_and_never_more(make, jobs):
+    orders = {f"{row}-seed{seed}": "meet" for row in ("dense", "half") for seed in (0, 1)}
+    assert make("--jobs", str(jobs), orders=orders) == 0
+    under_way = [0]
+    for event in events("start", "end"):
+        under_way.append(under_way[-1] + (1 if event.startswith("start") else -1))
+    assert max(under_way) <= jobs
+    assert len(events("start")) == 6
+    threads = {tuple(line.split()[2:]) for line in Path("events.txt").read_text().splitlines()}
+    assert threads == {(str(max(1, len(os.sched_getaffinity(0)) // jobs)), "passive")}
+
+
+def test_a_change_of_the_table_makes_only_what_is_new(make):
+    assert make() == 0
+    assert make(table=TABLE.replace("[0, 1]", "[0, 1, 2]")) == 0
+    assert events("start") == ["dense-seed2", "half-seed2", "same_cost-seed2"]
+    assert make(table=TABLE.replace("epochs: 8", "epochs: 9")) == 0
+    assert events("start") == ["same_cost-seed0", "same_cost-seed1"]
+    # a new name, an option that changes no number and an order of keys are no news
+    renamed = TABLE.replace("half", "0.5").replace("{arch: resnet20_he,", "{print_freq: 7, arch: resnet20_he,")
+    assert make(table=renamed) == 0
+    assert events("start") == []
+
+
+def test_an_option_that_is_added_later_keeps_finished_runs_and_a_new_default_does_not(make, monkeypatch):
+    """Stand-ins for both: a stored config without the option, and one whose value is no longer the default."""
+    assert make() == 0
+    for config in Path("runs/tables/table").glob("*/half-seed0/*/config.yaml"):
+        config.write_text(config.read_text() + "momentum: 0.9\n")  # the default, said or not
+    assert make() == 0
+    assert events("start") == []
+    for config in Path("runs/tables/table").glob("*/half-seed0/*/config.yaml"):
+        config.write_text(config.read_text().replace("momentum: 0.9", "momentum: 0.8"))
+    assert make() == 0
+    assert events("start") == ["half-seed0"]
+
+
+def test_rows_and_seeds_limit_what_is_made_but_not_what_it_waits_for(make, capsys):
+    assert make("--rows", "same cost", "--seeds", "1") == 0
+    assert events("start") == ["half-seed1", "same_cost-seed1"]
+    assert make("--rows", "same cost", "--seeds", "1", "--again") == 0
+    assert events("start") == ["same_cost-seed1"]
+    assert [row["seeds"] for row in report()] == ["not run yet", "1", "1"]
+    assert make("--rows", "haf") == 2
+    assert "did you mean 'half'?" in capsys.readouterr().err
+    assert make("--seeds", "7") == 2
+    assert "7 is none of the seeds of table.yaml" in capsys.readouterr().err
+
+
+def test_rows_of_the_same_options_share_their_runs(make):
+    table = TABLE.replace("rows:\n", "rows:\n  twin: {keep_ratio: 0.5}\n")
+    assert make("--jobs", "2", table=table) == 0
+    assert sorted(events("start")) == [f"{row}-seed{seed}" for row in ("dense", "same_cost", "twin") for seed in (0, 1)]
+    twin, _, half, _ = report()
+    assert {**twin, "row": "half"} == half
+
+
+def test_again_counts_the_newest_run(make):
+    assert make("--rows", "half", "--seeds", "0") == 0
+    old = next(Path("runs/tables/table").glob("*/half-seed0/*/summary.json"))
+    old.write_text(old.read_text().replace("85.0", "12.0"))
+    assert make("--only-report") == 0
+    assert report()[1]["test_top1"] == "12.0"
+    assert make("--rows", "half", "--seeds", "0", "--again") == 0
+    assert report()[1]["test_top1"] == "85.0"
+
+
+def test_ctrl_c_lets_the_runs_save_and_the_next_call_resumes_them(make):
+    orders = {"dense-seed0": "wait", "half-seed0": "ctrl-c together"}
+    assert make("--jobs", "2", orders=orders) == 130
+    assert sorted(events("saved")) == ["dense-seed0", "half-seed0"]
+    assert not Path("results").exists()
+    assert make() == 0
+    assert events("resume") == ["dense-seed0", "half-seed0"]
+    assert "same_cost-seed0" in events("start")
+    assert len(list(Path("runs/tables/table").glob("*/*-seed*/*/summary.json"))) == 6
+
+
+def test_a_failed_run_is_told_with_its_last_error_and_the_others_go_on(make, capsys):
+    assert make(orders={"half-seed0": "fail"}) == 1
+    said = capsys.readouterr()
+    assert "failed: half, seed 0: exit code 3: no luck today" in said.err
+    assert "failed: same cost, seed 0: it takes its FLOPs from half, seed 0, which has no result" in said.err
+    assert [row["seeds"] for row in report()] == ["0 1", "1", "1"]
+    assert make() == 0
+    assert events("start") == ["half-seed0", "same_cost-seed0"]
+
+
+def test_a_run_without_a_checkpoint_starts_anew(make):
+    assert make(orders={"dense-seed0": "ctrl-c"}) == 130
+    next(Path("runs").rglob("last.pt")).unlink()
+    assert make("--rows", "dense", "--seeds", "0") == 0
+    assert events("start", "resume") == ["start dense-seed0"]
+
+
+def test_dry_run_lists_and_writes_nothing(make, capsys):
+    assert make("--dry-run") == 0
+    assert not Path("runs").exists()
+    first = config_hash(parse_args(["--arch", "resnet20_he", "--epochs", "4", "--no-finetune"]).config)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"half, seed 0:  not run yet  {first}"  # keep_ratio 0.5 is the default
+    assert lines[2] == "same cost, seed 0:  waits for half"
+    make("--seeds", "0", orders={"half-seed0": "ctrl-c"})
+    capsys.readouterr()
+    assert make("--dry-run") == 0
+    states = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert states == ["done", "interrupted", "waits for half", "not run yet", "not run yet", "waits for half"]
+
+
+def test_times_come_from_runs_of_their_own_one_after_the_other(make):
+    assert make("--jobs", "2") == 0
+    assert {row["train_seconds_to_dense"] for row in report()} == {"not run yet"}
+    orders = {"half-seed0": "wait"}
+    for summary in Path("runs/tables/table").rglob("summary.json"):  # of the runs side by side: not these seconds
+        summary.write_text(summary.read_text().replace('"train_seconds": ', '"train_seconds": 9'))
+    assert make("--time") == 0
+    order = [f"{kind} {name}-seed0" for name in ("dense", "half", "same_cost") for kind in ("start", "end")]
+    assert events("start", "end") == order
+    assert [float(row["train_seconds_to_dense"]) for row in report()] == [1.0, 0.5, 0.25]
+    assert make("--time", orders=orders) == 0
+    assert events("start") == []
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("{keep_ratio: 0.5}", "{kep_ratio: 0.5}", "unknown key 'kep_ratio' (table.yaml, row 'half', line 9)"),
+        ("{keep_ratio: 0.5}", "{keep_ratio: 50}", "keep_ratio must be in (0, 1], got 50.0 (table.yaml, row 'half'"),
+        ("{keep_ratio: 0.5}", "{keep_ratio: [0.5]}", "keep_ratio must be a single value (table.yaml, row 'half'"),
+        ("{keep_ratio: 0.5}", "{weight_samples: 3}", "weight_samples 3 (table.yaml, row 'half') is more than K 2"),
+        ("{keep_ratio: 0.5}", "{seed: 3}", "seed cannot be set in a table (table.yaml, row 'half', line 9)"),
+        ("{keep_ratio: 0.5}", "{keep_ratio: 0.5, keep_ratio: 1}", "'keep_ratio' is given twice in row 'half'"),
+        ("{keep_ratio: 0.5}", "{keep_ratio: {flops_of: same cost}}", "'half' -> 'same cost' -> 'half'"),
+        ("{keep_ratio: 0.5}", "{epochs: {flops_of: dense}}", "only a row's keep_ratio can be {flops_of: ROW}"),
+        ("{flops_of: half}", "{flops_of: haf}", "row 'same cost': flops_of names 'haf'"),
+        ("{flops_of: half}", "{flop: half}", "keep_ratio of row 'same cost' must be a number or {flops_of: ROW}"),
+        ("{flops_of: half},", "{flops_of: half}, prune_rate: 1,", "gives keep_ratio twice"),
+        ("  half:", "  dense:", "'dense' is given twice in rows"),
+        ("  half:", "  ha|lf:", "without |"),
+        ("epochs: 4", "epoch: 4", "unknown key 'epoch' (table.yaml, base, line 4); did you mean 'epochs'?"),
+        ("epochs: 4", "log_dir: x", "log_dir cannot be set in a table (table.yaml, base, line 4)"),
+        ("[[half, same cost]]", "[[half, some cost]]", "compare names 'some cost'"),
+        ("[[half, same cost]]", "[[half, half]]", "two different rows"),
+        ("[[half, same cost]]", "[half]", "a pair of compare must be a list"),
+        ("dense: dense", "dense: dnse", "dense names 'dnse'"),
+        ("[0, 1]", "[0, 0]", "seeds must be distinct"),
+        ("[0, 1]", "[]", "seeds must be a list of at least one"),
+        ("[0, 1]", "[0, x]", "seed must be a whole number"),
+        ("title: A table", "titel: A table", "unknown key 'titel'; did you mean 'title'?"),
+        ("title: A table", "", "title is missing"),
+        ("note: Three rows.", "note: [", "is not valid YAML"),
+        ("note: Three rows.", "note: &a x", "anchors, aliases and tags"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(make, capsys, old, new, said):
+    assert TABLE.count(old) == 1
+    assert make(table=TABLE.replace(old, new)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--job", "2"], "--help lists every option"),
+        (["--time", "--jobs", "2"], "--time makes one run at a time, of the first seed; leave out --jobs"),
+        (["--only-report", "--again", "--rows", "half"], "--only-report makes no runs; leave out --rows, --again"),
+    ],
+)
+def test_options_that_go_wrong_together_are_refused(make, capsys, options, said):
+    assert make(*options) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_table_that_is_not_there_is_told(capsys):
+    assert reproduce.main(["nowhere.yaml"]) == 2
+    assert "cannot read the table nowhere.yaml: No such file or directory" in capsys.readouterr().err
+
+
+def test_with_several_dense_rows_each_row_has_the_one_of_its_network(make, capsys):
+    more = "  other dense: {conv_type: DenseConv, arch: vgg16}\n  other half: {arch: vgg16, keep_ratio: 0.5}\n"
+    table = TABLE.replace("dense: dense", "dense: [dense, other dense]").replace("compare", f"{more}compare")
+    Path("table.yaml").write_text(table)
+    dense = read_table("table.yaml").dense
+    assert dense == {
+        **dict.fromkeys(("dense", "half", "same cost"), "dense"),
+        **dict.fromkeys(("other dense", "other half"), "other dense"),
+    }
+    assert make(table=table.replace("{arch: vgg16, keep", "{arch: vgg11, keep")) == 2
+    assert "one row of the network of row 'other half' (set FashionMNIST-mini" in capsys.readouterr().err
+
+
+# ---- the report ----
+
+
+@pytest.mark.parametrize(
+    ("degrees", "t"),
+    [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227)],
+)
+def test_t_quantiles_are_those_of_the_tables(degrees, t):
+    assert t_quantile(0.95, degrees) == pytest.approx(t, rel=1e-5)
+    assert t_quantile(0.5, 1) == pytest.approx(math.tan(math.pi / 4))  # Cauchy
+
+
+def test_the_interval_of_a_known_case():
+    """Differences 1, 2, 3: mean 2, standard deviation 1, half width 4.30265 / sqrt(3)."""
+    low, high = interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
+
+
+def test_the_report_tells_means_differences_and_where_they_come_from(make):
+    assert make() == 0
+    dense, half, same = report()
+    assert (float(half["test_top1"]), float(half["test_top1_sd"])) == pytest.approx((86, math.sqrt(2)))
+    assert float(half["test_top1_minus_dense"]) == pytest.approx(-4.5)  # 85 - 90 and 87 - 91
+    assert float(half["flops_ratio"]) == 0.25 + 0.5 / 1024
+    assert float(half["params_kept"]) == 0.5
+    # twice as many epochs as the dense row at (0.25 + seed/1024) of dense training each
+    assert float(same["train_flops_to_dense"]) == pytest.approx(2 * (0.25 + 0.5 / 1024))
+    assert float(dense["test_top1_minus_dense"]) == 0
+    assert len(half["config_hash"].split()) == 1
+    assert len(same["config_hash"].split()) == 2  # its keep_ratio differs from seed to seed
+
+    text = Path("results/table.md").read_text()
+    assert text.startswith("# A table\n\nThree rows.\n\n| row | test top-1 % | sd |")
+    hash = half["config_hash"]
+    assert f"| half | 86.00 | 1.41 | -4.50 | 25.0 % | 50.0 % | 50.0 % | not run yet | 0 1 | {hash} |" in text
+    for fact in ("Abacus (AVX2), 2 threads", "torch 2.14.1", "commit 0123456789ab", "utils.reproduce table.yaml`"):
+        assert fact in text
+    # 85 - 82.5 and 87 - (82.5 + 10/1024 + 2): 2.5 and 2.490, with one degree of freedom
+    sentence = (
+        "- half - same cost: +2.5 points (95 % interval +2.4 to +2.6, 2 seeds), inference FLOPs 25.0 % against 6.3 %."
+    )
+    assert sentence in text
+
+
+def test_one_seed_has_no_interval_and_missing_rows_say_so(make):
+    assert make("--only-report") == 0
+    assert all(set(row.values()) == {row["row"], "not run yet"} for row in report())
+    assert "- half - same cost: not run yet." in Path("results/table.md").read_text()
+    assert make("--seeds", "0") == 0
+    text = Path("results/table.md").read_text()
+    assert "(1 seed, no interval)" in text
+    assert "| half | 85.00 | - | -5.00 |" in text
+    assert report()[1]["test_top1_sd"] == ""
+
+
+def test_a_reading_by_hand_survives(make):
+    Path("results").mkdir()
+    Path("results/table.reading.md").write_text("What a person has to say.\n")
+    for _ in range(2):
+        assert make("--only-report") == 0
+        text = Path("results/table.md").read_text()
+        assert text.endswith("\nWhat a person has to say.\n")
+    assert text.count("What a person has to say.") == 1
+
+
+# ---- the real thing ----
+
+
+def test_a_real_run_is_found_by_its_own_config(tmp_path, monkeypatch, tiny_images):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    options = {"set": "ImageFolder", "data": str(tiny_images), "arch": "resnet20_he", "width_mult": 0.25, "workers": 0}
+    options |= {"epochs": 1, "batch_size": 40, "finetune": False, "num_subnets": 1, "bn_batches": 1, "holdout": 0.2}
+    table = {"title": "One", "base": options, "seeds": [3], "dense": "half", "rows": {"half": {"keep_ratio": 0.5}}}
+    Path("one.yaml").write_text(yaml.safe_dump(table))
+    assert reproduce.main(["one.yaml"]) == 0
+    with open("results/one.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert row["seeds"] == "3"
+    assert 0 < float(row["flops_ratio"]) < 1
+    assert reproduce.main(["one.yaml"], program=["false"]) == 0  # nothing is left to run
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "configs/tables").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_tables_of_the_project_are_valid(path):
+    table = read_table(path)
+    assert len(table.seeds) >= 3
+    for row in table.rows.values():
+        matched = table.rows.get(row.flops_of)
+        if matched is not None:  # a fair comparison: as many epochs on the same images
+            assert total_epochs(row.options) == total_epochs(matched.options)
+
+
+def total_epochs(options: dict) -> int:
+    return options["epochs"] + (options["finetune_epochs"] if options.get("finetune", True) else 0)

@@ -1,0 +1,140 @@
+"""Makes the runs of a table of results and writes the table: `python -m utils.reproduce configs/tables/NAME.yaml`.
+
+Runs that are done are not made again, so the same command goes on where it was stopped, and after a change of the table
+makes what is new. `utils/table_file.py` describes the file, `utils/table_runs.py` the runs, `utils/table_report.py` the
+report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from utils.config_parser import nearest
+from utils.errors import UserError
+from utils.progress import announce
+from utils.signals import StopRequest
+from utils.table_file import Table, read_table
+from utils.table_report import collect, write_report
+from utils.table_runs import Cell, Scheduler, TableRuns
+
+PROGRAM = (sys.executable, str(Path(__file__).resolve().parent.parent / "main.py"))
+RUNS_FOLDER, RESULTS_FOLDER = Path("runs/tables"), Path("results")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; --help lists every option")
+
+
+def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
+    """All options; `--help` prints and exits with code 0.
+
+    Raises: UserError for every mistake.
+    """
+    parser = _Parser(
+        prog="python -m utils.reproduce",
+        description="Makes the missing runs of a table and writes results/NAME.md and results/NAME.csv.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("table", metavar="TABLE.yaml", help="the table, such as configs/tables/small.yaml")
+    parser.add_argument("--runs", type=Path, metavar="PATH", help="folder of its runs (default: runs/tables/NAME)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs side by side (default: 1)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="make only runs of these rows, and what they wait for")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="make only runs of these seeds")
+    parser.add_argument("--again", action="store_true", help="also make runs that are done; the newest ones count")
+    parser.add_argument("--time", action="store_true", help="measure seconds: one run of every row, alone, apart")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and their states, and exit")
+    parser.add_argument("--only-report", action="store_true", help="write the table from the runs that are there")
+    arguments = parser.parse_args(argv)
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {arguments.jobs}")
+    _refuse_useless(arguments, "only_report", ("jobs", "rows", "seeds", "again", "time", "dry_run"), "makes no runs")
+    _refuse_useless(arguments, "time", ("jobs", "seeds"), "makes one run at a time, of the first seed")
+    return arguments
+
+
+def _refuse_useless(arguments: argparse.Namespace, switch: str, keys: Sequence[str], what: str) -> None:
+    useless = [f"--{key.replace('_', '-')}" for key in keys if getattr(arguments, key) not in (None, False)]
+    if getattr(arguments, switch) and useless:
+        raise UserError(f"--{switch.replace('_', '-')} {what}; leave out {', '.join(useless)}")
+
+
+def choose_cells(table: Table, rows: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Cell]:
+    """The runs asked for, seed by seed, so that a table that is stopped early has every row."""
+    for row in rows or ():
+        if row not in table.rows:
+            advice = nearest(row, table.rows, f"its rows are {', '.join(table.rows)}")
+            raise UserError(f"--rows: {table.path} has no row {row!r}; {advice}")
+    for seed in seeds or ():
+        if seed not in table.seeds:
+            raise UserError(f"--seeds: {seed} is none of the seeds of {table.path}; add it there, for the report")
+    return [Cell(row, seed) for seed in seeds or table.seeds for row in rows or table.rows]
+
+
+def run(argv: Sequence[str] | None, program: Sequence[str]) -> int:
+    arguments = read_command_line(argv)
+    table = read_table(arguments.table)
+    root = arguments.runs or RUNS_FOLDER / table.name
+    untimed, timed = TableRuns(table, root), TableRuns(table, root / "timed")
+    for file, reason in (untimed.unreadable | timed.unreadable).items():
+        announce(f"left out: {file} ({reason})")
+    runs, seeds = (timed, table.seeds[:1]) if arguments.time else (untimed, arguments.seeds)
+    cells = runs.with_sources(choose_cells(table, arguments.rows, seeds))
+    if arguments.dry_run:
+        print("\n".join(_line(runs, cell) for cell in cells))
+        return 0
+    failures: dict[Cell, str] = {}
+    if not arguments.only_report:
+        scheduler = Scheduler(runs, program, arguments.jobs or 1, arguments.again)
+        if code := _make(scheduler, cells, root):
+            return code
+        failures = scheduler.failures
+    try:
+        path = write_report(collect(table, untimed, timed), RESULTS_FOLDER)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename}: {error.strerror}; the runs stay, see --only-report") from error
+    for cell, reason in failures.items():
+        print(f"failed: {cell}: {reason}", file=sys.stderr)
+    print(f"written: {path} and {path.with_suffix('.csv')}")
+    return 1 if failures else 0
+
+
+def _make(scheduler: Scheduler, cells: Sequence[Cell], root: Path) -> int:
+    """Makes what is missing; returns the exit code of a signal, 0 if none came."""
+    from utils.run_folder import lock  # torch takes seconds to import: not for a list or a mistake
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {root}: {error.strerror}; choose another place with --runs") from error
+    with lock(root), StopRequest() as stop:
+        scheduler.execute(cells, stop)
+        if stop.signal is not None:
+            announce("stopped; the runs under way are saved, the same command goes on")
+        return stop.exit_code
+
+
+def _line(runs: TableRuns, cell: Cell) -> str:
+    key, newest = runs.key(cell), runs.newest(cell)
+    return "  ".join(filter(None, (f"{cell}:", runs.state(cell), key and key.hash, newest and str(newest.folder))))
+
+
+def main(argv: Sequence[str] | None = None, program: Sequence[str] = PROGRAM) -> int:
+    """Returns the exit code: 0 done, 1 a run failed, 2 a user's mistake, 130 or 143 stopped by Ctrl-C or SIGTERM.
+
+    Args:
+        program: the command that trains, without its options.
+    """
+    try:
+        return run(argv, program)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
