@@ -153,7 +153,7 @@ def test_toy_networks(kind, case):
     network.multiple = 1  # no padding
     plan = network.plan(mask_U)
     assert network.padded_macs(plan) == counted_macs(network, plan, (3, 8, 8))
-    assert network.subnet_macs(plan) == network.padded_macs(plan) - network.joining_macs(plan)
+    assert network.subnet_macs(plan) == network.padded_macs(plan)
     assert network.subnet_parameters(plan) == gathered_parameters(network, plan)
     assert network.dense_parameters == sum(p.numel() for p in network.weight_parameters())
 
@@ -178,7 +178,7 @@ def test_networks_of_the_registry(arch, width_mult, size, case):
     assert network.padded_macs(plan) == counted_macs(network, plan, image_shape)
     network.multiple = 1  # no padding
     plan = network.plan(mask_U)
-    assert network.subnet_macs(plan) + network.joining_macs(plan) == counted_macs(network, plan, image_shape)
+    assert network.subnet_macs(plan) == counted_macs(network, plan, image_shape)
     masked = SparseNetwork(model, image_shape, "masked")
     assert masked.executed_macs(plan) == masked.dense_macs == counted_macs(masked, plan, image_shape)
     assert masked.subnet_macs(plan) == network.subnet_macs(plan)

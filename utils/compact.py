@@ -113,11 +113,13 @@ class CompactForward:
 
     Attributes:
         gradients: of the gathered weights.
+        batch_norm: what training passes normalise with; same arguments as torch's.
     """
 
     def __init__(self, graph: ChannelGraph) -> None:
         self.graph = graph
         self.gradients = GradientBuffers()
+        self.batch_norm = F.batch_norm
         last_reader: dict[int, int] = {}
         for position, op in enumerate(graph.ops):
             for operand in op.inputs:
@@ -210,14 +212,14 @@ class CompactForward:
         # scale and shift of padding are 0: whatever the statistics say, it leaves as zero
         weight, bias = (gather_vector(parameter, live, width) for parameter in (norm.weight, norm.bias))
         if norm.training and not update_statistics:
-            return F.batch_norm(x, None, None, weight, bias, training=True, eps=norm.eps)
+            return self.batch_norm(x, None, None, weight, bias, training=True, eps=norm.eps)
         mean = gather_vector(norm.running_mean, live, width)
         var = gather_vector(norm.running_var, live, width, fill=1.0)
         if not norm.training:
             return F.batch_norm(x, mean, var, weight, bias, eps=norm.eps)
         if mean is norm.running_mean:  # autograd keeps what it is given, and a second pass would change it
             mean, var = mean.clone(), var.clone()
-        y = F.batch_norm(x, mean, var, weight, bias, True, norm.momentum, norm.eps)
+        y = self.batch_norm(x, mean, var, weight, bias, True, norm.momentum, norm.eps)
         for own, moved in ((norm.running_mean, mean), (norm.running_var, var)):
             if live is None:
                 own.copy_(moved[: len(own)])
@@ -263,12 +265,27 @@ class CompactForward:
         return torch.cat(parts, dim=1)
 
 
+class _AddChannels(torch.autograd.Function):
+    """total[:, positions] += x, out of place, for rows of channels."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.width = x.shape[1]
+        return total.clone().index_add_(1, positions, x[:, : len(positions)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (positions,) = ctx.saved_tensors
+        read = grad.gather(1, positions.expand(len(grad), -1))  # half the time of index_select
+        return grad, F.pad(read, (0, ctx.width - len(positions))) if ctx.width > len(positions) else read, None
+
+
 def add_channels(total: Tensor | None, x: Tensor, positions: Tensor, width: int) -> Tensor:
     """total + x, where channel i of x goes to channel positions[i] and channels of x beyond them are padding.
 
-    As a product with a 0/1 matrix on the channels-last view: exact (every result has one term) and channels-last again,
-    which `index_add` is not. 64 images, 8 of 32 channels of 32x32, one CPU thread, forward and backward: 10.6 ms, with
-    `index_add` 16.9 ms.
+    On rows of channels, as they lie in memory: 32,768 pixels, 40 of 160 channels, two CPU threads, forward and
+    backward: 3.1 ms, as a product with a 0/1 matrix 8.6 ms, by `index_add` on the map itself more than twice that.
 
     Args:
         total: (B, width, H, W), or None for zero.
@@ -276,11 +293,10 @@ def add_channels(total: Tensor | None, x: Tensor, positions: Tensor, width: int)
         positions: (c,) int64, c <= C.
     """
     batch, channels, height, image_width = x.shape
-    place = torch.zeros((channels, width), dtype=x.dtype, device=x.device)
-    place[torch.arange(len(positions), device=x.device), positions] = 1
     pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)
     if total is None:
-        joined = pixels @ place
+        rows = pixels.new_zeros((len(pixels), width))
     else:
-        joined = torch.addmm(total.permute(0, 2, 3, 1).reshape(-1, width), pixels, place)
+        rows = total.permute(0, 2, 3, 1).reshape(-1, width)
+    joined = _AddChannels.apply(rows, pixels, positions)
     return joined.view(batch, height, image_width, width).permute(0, 3, 1, 2)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.budget import ExpectedCost
 from utils.compact import CompactForward
 from utils.conv_type import VRPGE, SubnetBatchNorm, SubnetConv, subnet_convs
 from utils.graph import ChannelGraph
@@ -57,6 +57,7 @@ class SparseNetwork:
         self.stored_units = np.ones(self.num_units, dtype=bool)
         self.stored: list[np.ndarray] | None = None
         self._compact = CompactForward(self.graph)
+        self._costs: dict[str, ExpectedCost] = {}
         self.dense_plan = self.plan(self.stored_units)
         self.dense_macs = sum(self.graph.layer_macs(self.dense_plan.counts).values())
         self.dense_parameters = sum(self.graph.layer_parameters(self.dense_plan.counts).values())
@@ -146,23 +147,23 @@ class SparseNetwork:
         return self.dense_macs if self.execution == "masked" else self.subnet_macs(plan)
 
     def padded_macs(self, plan: Plan) -> int:
-        """The same with what compact execution adds: zero channels, and the products that put channels in place."""
+        """The same with the zero channels that compact execution adds."""
         if self.execution == "masked":
             return self.dense_macs
-        return sum(self.graph.layer_macs(plan.widths).values()) + self.joining_macs(plan)
-
-    def joining_macs(self, plan: Plan) -> int:
-        """Multiply-adds of putting channels into a wider stream (`utils.compact.add_channels`)."""
-        return sum(
-            plan.widths[space] * plan.widths[op.space] * prod(op.shape[1:])
-            for op in self.graph.ops
-            if op.kind == "add"
-            for space in (self.graph.ops[i].space for i in op.inputs)
-            if (space, op.space) in plan.positions and plan.counts[space]
-        )
+        return sum(self.graph.layer_macs(plan.widths).values())
 
     def subnet_parameters(self, plan: Plan) -> int:
         return sum(self.graph.layer_parameters(plan.counts).values())
+
+    def expected_cost(self, unit: str) -> ExpectedCost:
+        """What the subnets of drawn masks cost on average, in "params" or "flops"; laid out once."""
+        if unit not in self._costs:
+            self._costs[unit] = ExpectedCost(self.graph, unit)
+        return self._costs[unit]
+
+    def use_batch_norm(self, function: Callable[..., Tensor]) -> None:
+        """Sets what training passes of compact execution normalise with; same arguments as `F.batch_norm`."""
+        self._compact.batch_norm = function
 
     def batch_norms(self) -> dict[str, nn.BatchNorm2d]:
         return {name: m for name, m in self.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
