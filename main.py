@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 from args import config_to_yaml, parse_args
-from utils.errors import UserError
+from utils.errors import RankError, UserError
+from utils.launch import first_to_fail, num_started, only_first_rank_speaks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the last checkpoint could not be written, 2 a user's mistake, 3 diverged,
-    130 or 143 stopped by Ctrl-C or SIGTERM."""
-    try:
-        arguments = parse_args(argv)
-        if arguments.config.run.print_config and arguments.config.run.resume is None:
-            print(config_to_yaml(arguments.config, arguments.origin), end="")
-            return 0
-        from trainers.session import start  # torch takes seconds to import: only once the options are known good
+    4 ranks have lost each other, 130 or 143 stopped by Ctrl-C or SIGTERM.
 
-        return start(arguments, ["main.py", *(sys.argv[1:] if argv is None else argv)])
+    Of several ranks only the first speaks; but whichever fails first says why.
+    """
+    try:
+        with only_first_rank_speaks():
+            return _run(argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        code, reason = 2, f"error: {error}"
+    except RankError as error:
+        code, reason = 4, f"error: {error}"
+    except Exception:
+        if num_started() == 1:
+            raise
+        code, reason = 1, traceback.format_exc()
+    if first_to_fail():
+        print(reason, file=sys.stderr)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    arguments = parse_args(argv)
+    if arguments.config.run.print_config and arguments.config.run.resume is None:
+        print(config_to_yaml(arguments.config, arguments.origin), end="")
+        return 0
+    from trainers.session import start  # torch takes seconds to import: only once the options are known good
+
+    return start(arguments, ["main.py", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

@@ -6,3 +6,10 @@ class UserError(ValueError):
 
     `main.py` prints the message and exits with code 2.
     """
+
+
+class RankError(RuntimeError):
+    """The processes that train one network have lost each other, or no longer train the same one.
+
+    `main.py` prints the message and exits with code 4.
+    """

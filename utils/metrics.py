@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from utils.distributed import host_sums, summed
+
 Cost = tuple[int, int]  # multiply-adds of one image, without and with padding
 
 
@@ -36,9 +38,15 @@ class MetricSums:
             self._sums += total
         self.count += count
 
+    def add_other_ranks(self) -> None:
+        """Adds what the other ranks have summed, on all of them; each must have added something."""
+        count = torch.tensor(self.count, dtype=torch.float64, device=self._sums.device)
+        self._sums, count = summed(self._sums, count)
+        self.count = int(count)
+
     def means(self) -> dict[str, float]:
-        """Mean per image. Waits for the device."""
-        if self._sums is None:
+        """Mean per image; empty before there is one. Waits for the device."""
+        if self.count == 0:
             return {}
         return dict(zip(self._names, (self._sums / self.count).tolist(), strict=True))
 
@@ -64,6 +72,16 @@ class CostLedger:
     dense: int = 0
     forward_ratio_sum: float = 0.0
     forward_passes: int = 0
+
+    def add(self, other: CostLedger) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def of_all_ranks(self) -> CostLedger:
+        """The sum of all ranks' ledgers."""
+        values = vars(self)
+        sums = host_sums(list(values.values()))
+        return CostLedger(**{name: type(values[name])(total) for name, total in zip(values, sums, strict=True)})
 
     def add_step(self, images: int, forward: list[Cost], num_backward: int, dense_macs: int) -> None:
         """One training step: all forward passes run, the first `num_backward` of them also backward."""

@@ -15,12 +15,16 @@ class StopRequest:
 
     A second signal of either kind ends the process at once. Only the main thread may enter the context.
 
+    Args:
+        second_ends: off for a process that torchrun started: it gets the same signal from the cluster and from
+            torchrun, which ends those that take too long.
     Attributes:
         signal: number of the signal that came, None as long as none did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, second_ends: bool = True) -> None:
         self.signal: int | None = None
+        self._second_ends = second_ends
         self._previous = {}
 
     def __enter__(self) -> "StopRequest":
@@ -34,7 +38,7 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        for handled in self._previous:
+        for handled in self._previous if self._second_ends else ():
             signal.signal(handled, signal.SIG_DFL)
 
     @property

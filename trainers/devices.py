@@ -1,0 +1,111 @@
+"""Which devices train: of one process, or of several that torchrun or `--multigpu` start."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from args import Config
+from utils.distributed import num_ranks
+from utils.errors import UserError
+from utils.launch import local_rank, num_local_ranks, num_started
+from utils.progress import announce
+
+
+def gpus_to_start(config: Config) -> int:
+    """How many processes to start because `multigpu` names several GPUs; 0: this one does the work.
+
+    Raises: UserError for a GPU that is not there.
+    """
+    ids = (config.run.multigpu or "").split(",")
+    if len(ids) == 1 or num_started() > 1 or torch.cuda.device_count() == 0:
+        return 0
+    for number in ids:
+        _check_gpu(int(number))
+    return len(ids)
+
+
+def find_device(config: Config) -> torch.device:
+    """The device to train on: of the ranks on a machine each gets its own GPU, or all share the CPU.
+
+    `multigpu` without a GPU falls back to the CPU and says so.
+
+    Raises: UserError for a GPU that is not there, or that several ranks would share.
+    """
+    wanted, count, ranks = config.run.device, torch.cuda.device_count(), num_local_ranks()
+    if config.run.multigpu is not None:
+        if count == 0:
+            announce(f"--multigpu {config.run.multigpu}: no CUDA GPU here, training on the CPU instead")
+            return torch.device("cpu")
+        ids = config.run.multigpu.split(",")
+        if len(ids) != ranks:
+            raise UserError(
+                f"--multigpu {config.run.multigpu} names {len(ids)} GPUs, but torchrun has started {ranks} processes "
+                "on this machine; leave --multigpu out, or start without torchrun"
+            )
+        wanted = f"cuda:{ids[local_rank()]}"
+    elif ":" in wanted and ranks > 1:
+        raise UserError(
+            f"--device {wanted} is one GPU, but torchrun has started {ranks} processes on this machine, and each needs "
+            "its own; pass --device cuda"
+        )
+    if wanted == "cpu" or (wanted == "auto" and count == 0):
+        return torch.device("cpu")
+    return _check_gpu(int(wanted.partition(":")[2]) if ":" in wanted else local_rank())
+
+
+def _check_gpu(number: int) -> torch.device:
+    count = torch.cuda.device_count()
+    if number >= count:
+        there = f"this machine has {count}: cuda:0 to cuda:{count - 1}" if count else "this machine has no CUDA GPU"
+        raise UserError(f"device cuda:{number} does not exist, {there}; pass --device cpu or another id")
+    return torch.device(f"cuda:{number}")
+
+
+def check_ranks(config: Config, device: torch.device, flags: Collection[str]) -> None:
+    """Refuses what does not go with the number of ranks.
+
+    Args:
+        flags: keys given on the command line.
+    """
+    ranks = num_ranks()
+    if ranks == 1:
+        useless = [f"--{key.replace('_', '-')}" for key in ("rank_masks", "sync_bn") if key in flags]
+        if useless and config.run.multigpu is None:
+            raise UserError(
+                f"{', '.join(useless)} (command line) without effect: there is a single process; start several with "
+                "torchrun or --multigpu 0,1, or leave it out"
+            )
+        return
+    sizes = {"batch_size": config.train.batch_size, "finetune_batch_size": finetune_batch(config)}
+    for what, size in sizes.items():
+        if 0 < size < 2 * ranks:
+            raise UserError(
+                f"{what} {size} is the total of {ranks} processes and leaves less than the 2 images for each that "
+                f"batch-norm needs; pass at least {2 * ranks}"
+            )
+        if config.train.sync_bn and size % ranks:
+            raise UserError(
+                f"sync_bn needs parts of equal size, but {what} {size} is shared by {ranks} processes; pass a multiple "
+                f"of {ranks}"
+            )
+    if config.train.sync_bn and device.type == "cpu":
+        raise UserError("sync_bn needs GPUs, torch has no synchronised batch-norm for CPUs; pass --no-sync-bn")
+    if 2 * config.sparsity.subbatch > config.train.batch_size // ranks:
+        raise UserError(
+            f"subbatch {config.sparsity.subbatch} leaves parts of less than two images of the "
+            f"{config.train.batch_size // ranks} that each of {ranks} processes has; pass fewer masks"
+        )
+
+
+def finetune_batch(config: Config) -> int:
+    """Images of a step of fine-tuning; 0 without it."""
+    return config.finetune.finetune_batch_size if config.finetunes else 0
+
+
+def starter(config: Config) -> list[str]:
+    """What stands before main.py in a command that starts as many processes as there are now."""
+    if num_ranks() == 1 or config.run.multigpu is not None:
+        return ["python"]
+    return ["torchrun", "--standalone", "--nproc_per_node", str(num_ranks())]
