@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 from utils.config_parser import (
     CommandLine,
+    Setting,
     assemble,
     flatten,
     option,
@@ -22,8 +23,15 @@ from utils.config_parser import (
 )
 from utils.errors import UserError
 
-SETS = ("CIFAR10", "CIFAR100", "FashionMNIST", "FashionMNIST-mini", "ImageFolder")
-ARCHS = ("resnet20", "resnet32", "resnet20_he", "resnet32_he", "resnet56_he", "vgg16", "wrn28_10")
+SETS = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "FashionMNIST-mini", "ImageFolder", "ImageNet")
+ARCHS = (
+    *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
+    *("resnet20_he", "resnet32_he", "resnet44_he", "resnet56_he", "resnet110_he"),
+    *("vgg11", "vgg13", "vgg16", "vgg19", "wrn28_10", "wrn16_8", "mobilenet_v1"),
+    *("resnet18", "resnet34", "resnet50", "resnet101"),
+)
+METHODS = ("vrpge", "dense", "thin", "random", "coin", "l1", "slimming", "sfp", "gumbel")
+ONE_PHASE = ("dense", "thin", "random")  # methods without a search: one schedule over all epochs
 INITS = ("kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal")
 NOT_A_PERCENTAGE = "it is a fraction, not a percentage"
 
@@ -38,10 +46,8 @@ def _check_device(device: str) -> str | None:
 
 def _check_multigpu(ids: str) -> str | None:
     if not re.fullmatch(r"(0|[1-9]\d*)(,(0|[1-9]\d*))*", ids):
-        return "a GPU id that is not negative, such as 0"
-    if len(set(ids.split(","))) < len(ids.split(",")):
-        return "a GPU id; the ids here are not even distinct"
-    return None if "," not in ids else "one GPU id, because this version trains on one device: pass one id"
+        return "GPU ids that are not negative, such as 0 or 0,1"
+    return None if len(set(ids.split(","))) == len(ids.split(",")) else "GPU ids that are distinct, such as 0,1"
 
 
 def _check_name(name: str) -> str | None:
@@ -58,7 +64,10 @@ class RunConfig:
     seed: int = option(0, "seed of every random generator", within="[0, 2147483647]")
     device: str = option("auto", "auto, cpu, cuda or cuda:N", check=_check_device, metavar="DEVICE")
     multigpu: str | None = option(
-        None, "GPU id, as in the released code; one id in this version", check=_check_multigpu, metavar="ID"
+        None,
+        "GPU ids, as in the released code: 0, or 0,1,2 for a process on each, which train one network together",
+        check=_check_multigpu,
+        metavar="IDS",
     )
     resume: str | None = option(
         None, "go on with the newest run of this path, or with the one at PATH", metavar="PATH", bare="auto"
@@ -87,10 +96,25 @@ class DataConfig:
         within="[0, 0.5]",
         hint=NOT_A_PERCENTAGE,
     )
-    image_size: int = option(
-        0, "ImageFolder: resize to this many pixels, 8 to 512; 0: as stored", check=_check_image_size
+    train_images: int = option(
+        0,
+        "train on so many of the images that are not held out, the same for every seed, classes in proportion; 0: all",
+        within="[0, inf)",
     )
-    workers: int = option(2, "ImageFolder: threads that decode images", within="[0, 64]")
+    image_size: int = option(
+        0,
+        "ImageFolder: resize to this many pixels, 8 to 512, from 128 on streamed from the files; 0: as stored. "
+        "ImageNet: 0 is 224",
+        check=_check_image_size,
+    )
+    workers: int = option(
+        2, "ImageFolder, ImageNet: threads that check and decode images, or processes that stream", within="[0, 64]"
+    )
+    bad_images: str = option(
+        "error",
+        "ImageFolder, ImageNet: refuse files that are no whole images, or leave them out and name them",
+        choices=("error", "skip"),
+    )
 
 
 @dataclass(frozen=True)
@@ -111,13 +135,24 @@ class ModelConfig:
     last_layer_dense: bool = option(
         False, "never mask the last conv before the classifier (the classifier itself never is)"
     )
-    pretrained: str | None = option(None, "checkpoint or state dict whose weights start the run", metavar="PATH")
+    pretrained: str | None = option(
+        None,
+        "weights that start the run: a checkpoint, a state dict, or torchvision's such as ResNet50_Weights.DEFAULT",
+        metavar="PATH",
+    )
 
 
 @dataclass(frozen=True)
 class SparsityConfig:
     """how many units are kept, and how they are searched."""
 
+    method: str = option(
+        "vrpge",
+        "vrpge: ours; dense: the plain network; thin: narrower layers; random: random units; coin: vrpge with tossed "
+        "coins for losses; l1, slimming, sfp: train dense, prune by filters or batch-norm, fine-tune; gumbel: scores "
+        "by backward through soft gates",
+        choices=METHODS,
+    )
     keep_ratio: float = option(
         0.5,
         "fraction of units KEPT, as in the released code",
@@ -125,9 +160,14 @@ class SparsityConfig:
         hint=NOT_A_PERCENTAGE,
         aliases=("prune_rate",),
     )
+    budget: str = option(
+        "channels",
+        "what keep_ratio counts, on average over the masks: channels, or what they cost in params or flops",
+        choices=("channels", "params", "flops"),
+    )
     score_init_constant: float | None = option(
         None,
-        "start value of every score",
+        "start value of every score; for a budget of params or flops the default is what meets it",
         within="(0, 1]",
         hint=NOT_A_PERCENTAGE,
         default_text="keep_ratio; 1 with budget_schedule cubic",
@@ -164,6 +204,11 @@ class SparsityConfig:
         "this many extra masks, each on its part of the batch, instead of the second mask on all of it; 0: off",
         within="[0, 64]",
     )
+    rank_masks: str = option(
+        "shared",
+        "several processes: all draw the same masks, or each its own, which makes the scores' gradient less noisy",
+        choices=("shared", "independent"),
+    )
     budget_schedule: str = option(
         "constant",
         "constant: keep_ratio from the first step; cubic: falls from 1 to it",
@@ -179,9 +224,16 @@ class SparsityConfig:
         0.4, "cubic: where the fall ends, as a fraction of the steps", within="[0, 1]", hint=NOT_A_PERCENTAGE
     )
 
+    slimming_penalty: float = option(1e-4, "slimming: weight of the sum of batch-norm scales", within="[0, inf)")
+
+    @property
+    def retires(self) -> bool:
+        """Whether units leave the parameters: an exact saving that only compact execution can make."""
+        return self.retire == "on" and self.execution == "compact"
+
     @property
     def score_init(self) -> float:
-        """The start value of every score, with the default filled in."""
+        """The start value of every score, with the default filled in; for params and flops the network has its own."""
         if self.score_init_constant is not None:
             return self.score_init_constant
         return 1.0 if self.budget_schedule == "cubic" else self.keep_ratio
@@ -192,7 +244,7 @@ class TrainConfig:
     """the search: weights and scores together."""
 
     epochs: int = option(300, "epochs of the search", within="[1, inf)")
-    batch_size: int = option(256, "images a step", within="[2, inf)")
+    batch_size: int = option(256, "images a step, of all processes together", within="[2, inf)")
     optimizer: str = option("adam", "optimizer of the scores (weights: SGD)", choices=("adam", "sgd"))
     score_lr: float = option(12e-3, "learning rate of the scores", within="(0, inf)", aliases=("lr",))
     weight_lr: float = option(0.1, "learning rate of the weights", within="(0, inf)", aliases=("weight_opt_lr",))
@@ -209,6 +261,7 @@ class TrainConfig:
     clip_norm: float = option(3.0, "largest gradient norm", within="(0, inf)")
     clip_jointly: bool = option(False, "one norm over weights and scores, as in the released code; off: one each")
     precision: str = option("fp32", "number format of the passes", choices=("fp32", "bf16"))
+    sync_bn: bool = option(False, "several GPUs: batch-norm over the whole batch instead of each process's part of it")
 
 
 @dataclass(frozen=True)
@@ -239,6 +292,21 @@ class Config:
     train: TrainConfig = TrainConfig()
     finetune: FinetuneConfig = FinetuneConfig()
 
+    @property
+    def method(self) -> str:
+        """The method, by whichever of two names a dense network was asked for."""
+        return "dense" if self.model.conv_type == "DenseConv" else self.sparsity.method
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether the run has a second phase with learning rate and batch size of its own."""
+        return self.finetune.finetune and self.method not in ONE_PHASE
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of all phases: methods without a search and fine-tuning train as long in one."""
+        return self.train.epochs + (self.finetune.finetune_epochs if self.finetune.finetune else 0)
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -262,21 +330,38 @@ The command line wins over the file, the file over the defaults. The file has
 lines such as keep_ratio: 0.3. Dashes and underscores are the same; a switch is
 turned on by --name and off by --no-name."""
 
+FINETUNE_KEYS = {"finetune_epochs", "finetune_lr", "finetune_batch_size"}
+
 # A dense network reads none of these: it has no masks to search and no subnet to choose and fine-tune.
 MASKING_KEYS = {field.name for group in (SparsityConfig, FinetuneConfig) for field in fields(group)} | {
-    "first_layer_dense",
-    "last_layer_dense",
-    "optimizer",
-    "score_lr",
-    "clip_jointly",
+    *("first_layer_dense", "last_layer_dense", "optimizer", "score_lr", "clip_jointly"),
 }
+MASKING_KEYS -= {"method", "finetune", "finetune_epochs"}  # the last two say for how many epochs it trains
 
-FINETUNE_KEYS = {"finetune_epochs", "finetune_lr", "finetune_batch_size"}
+# What trains scores and chooses among subnets drawn from them.
+POLICY_KEYS = {"K", "weight_samples", "alpha", "score_every", "subbatch", "rank_masks"}
+SCORE_KEYS = POLICY_KEYS | {
+    *("score_init_constant", "budget_schedule", "budget_start", "budget_end", "num_subnets"),
+    *("sample_from_training_set", "optimizer", "score_lr", "clip_jointly"),
+}
+# What a network that is thin from the first step does not read: it has no second phase, and nothing left to retire.
+SCRATCH_KEYS = {"retire", "bn_batches", "finetune_lr", "finetune_batch_size"}
+
+USELESS_KEYS = {  # by method
+    "vrpge": {"slimming_penalty"},
+    "coin": {"slimming_penalty"},
+    "gumbel": {"slimming_penalty", *POLICY_KEYS},
+    "thin": {"slimming_penalty", "constrain_by_layer", "stream", *SCORE_KEYS, *SCRATCH_KEYS},
+    "random": {"slimming_penalty", *SCORE_KEYS, *SCRATCH_KEYS},
+    "l1": {"slimming_penalty", "constrain_by_layer", *SCORE_KEYS},
+    "sfp": {"slimming_penalty", "constrain_by_layer", *SCORE_KEYS},
+    "slimming": SCORE_KEYS,
+}
 
 # What concerns one command, never the run that is resumed.
 COMMAND_KEYS = {"resume", "evaluate", "dry_run", "print_config"}
 MAY_CHANGE = COMMAND_KEYS | {
-    "device", "multigpu", "workers", "print_freq", "save_every", "data", "log_dir", "name", "config",
+    "device", "multigpu", "sync_bn", "workers", "print_freq", "save_every", "data", "log_dir", "name", "config",
 }  # fmt: skip
 
 
@@ -284,15 +369,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     """Read the command line (`sys.argv` if argv is None) and the YAML file it names.
 
     An option that has no effect is refused when the command line gives it; in a YAML file it is tolerated, so
-    that one file serves VRPGE and DenseConv alike. With `resume` only single values are checked here: whether
+    that one file serves all methods. With `resume` only single values are checked here: whether
     they go together depends on the stored config, so `check_resume` does the rest.
 
     Raises: UserError for every mistake. `--help` prints and exits with code 0.
     """
     command_line = CommandLine(Config, "python main.py [--config FILE.yaml] [options]", DESCRIPTION)
-    flags = resolve(OPTIONS, command_line.read(sys.argv[1:] if argv is None else argv))
+    flags = _dense_by_both_names(resolve(OPTIONS, command_line.read(sys.argv[1:] if argv is None else argv)))
     path = flags["config"].value if "config" in flags else None
-    file = resolve(OPTIONS, read_yaml(path)) if path else {}
+    file = _dense_by_both_names(resolve(OPTIONS, read_yaml(path))) if path else {}
 
     given = {**file, **flags}
     origin = {key: "command line" if key in flags else "file" if key in file else "default" for key in OPTIONS}
@@ -310,10 +395,20 @@ def config_from_dict(flat: Mapping[str, object], where: str) -> Config:
         flat: plain Python values by key, as `config_to_dict` returns them.
         where: what messages call the dictionary, such as the path of a checkpoint.
     """
-    settings = resolve(OPTIONS, read_dict(flat, where))
+    settings = _dense_by_both_names(resolve(OPTIONS, read_dict(flat, where)))
     config = assemble(Config, {key: setting.value for key, setting in settings.items()})
     check_together(config, dict.fromkeys(settings, where))
     return config
+
+
+def _dense_by_both_names(given: dict[str, Setting]) -> dict[str, Setting]:
+    """What one place gives, and with `method` the `conv_type` that goes with it, or the other way round."""
+    method, conv_type = given.get("method"), given.get("conv_type")
+    if method and not conv_type:
+        return given | {"conv_type": Setting("DenseConv" if method.value == "dense" else "VRPGE", method.where)}
+    if conv_type and not method and conv_type.value == "DenseConv":
+        return given | {"method": Setting("dense", conv_type.where)}
+    return given
 
 
 def config_to_dict(config: Config) -> dict[str, object]:
@@ -360,7 +455,27 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
     def told(key: str) -> str:
         return f"{key} {values[key]} ({where.get(key, 'default')})"
 
-    sparsity, run = config.sparsity, config.run
+    sparsity, run, method = config.sparsity, config.run, config.method
+    if (sparsity.method == "dense") != (config.model.conv_type == "DenseConv"):
+        raise UserError(
+            f"{told('method')} and {told('conv_type')} contradict each other: DenseConv is the conv_type of method "
+            "dense alone; leave one of them out"
+        )
+    if method in ("thin", "random") and sparsity.execution != "compact":
+        raise UserError(
+            f"{told('method')} needs compact execution, because the channels that it leaves out do not exist, got "
+            f"{told('execution')}; leave it out"
+        )
+    if method in ("thin", "random") and config.model.pretrained is not None:
+        raise UserError(
+            f"{told('method')} starts with new weights of its own widths, so {told('pretrained')} cannot be used; "
+            "leave it out"
+        )
+    if method == "gumbel" and sparsity.semantics == "released":
+        raise UserError(
+            f"{told('method')} needs semantics unit, because batch-norm undoes a gate in front of it, got "
+            f"{told('semantics')}; leave it out"
+        )
     if sparsity.weight_samples > sparsity.K:
         raise UserError(f"{told('weight_samples')} is more than {told('K')}: only K masks are drawn; pass at most K")
     if sparsity.subbatch and (sparsity.K, sparsity.weight_samples) != (2, 1):
@@ -379,17 +494,31 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
             f"{told('semantics')} cannot run with {told('execution')}, because its dropped channels are not "
             "zero; pass --execution masked"
         )
-    if sparsity.budget_schedule == "constant" and sparsity.score_init > sparsity.keep_ratio:
+    if sparsity.constrain_by_layer and sparsity.budget != "channels":
+        raise UserError(
+            f"{told('constrain_by_layer')} needs budget channels, got {told('budget')}: what a layer costs depends on "
+            "its neighbours; leave one of them out"
+        )
+    trains_scores = method in ("vrpge", "coin", "gumbel")
+    overspent = sparsity.budget_schedule == "constant" and sparsity.score_init > sparsity.keep_ratio and trains_scores
+    if overspent and sparsity.budget == "channels":  # other budgets: once there is a network
         raise UserError(
             f"{told('score_init_constant')} is above {told('keep_ratio')}: the start would overspend the "
             f"budget; pass --score-init-constant {sparsity.keep_ratio} or less, or --budget-schedule cubic"
+        )
+    if config.train.sync_bn and sparsity.rank_masks != "shared":
+        raise UserError(f"{told('sync_bn')} needs rank_masks shared, got {told('rank_masks')}; leave one of them out")
+    if config.train.sync_bn and (config.model.conv_type == "DenseConv" or sparsity.execution != "compact"):
+        raise UserError(
+            f"{told('sync_bn')} needs compact execution, got {told('conv_type')} and {told('execution')}; leave it out"
         )
     if config.train.warmup_length >= config.train.epochs:
         raise UserError(f"{told('warmup_length')} must be below {told('epochs')}: both count epochs")
     if config.train.nesterov and config.train.momentum == 0:
         raise UserError(f"{told('nesterov')} needs a momentum above 0, got {told('momentum')}")
-    masked = config.model.conv_type != "DenseConv"
-    if masked and config.data.holdout == 0 and not config.finetune.sample_from_training_set:
+    if config.train.sync_bn and method == "gumbel":
+        raise UserError(f"{told('sync_bn')} needs compact execution, but {told('method')} trains dense; leave it out")
+    if trains_scores and config.data.holdout == 0 and not config.finetune.sample_from_training_set:
         raise UserError(
             f"{told('holdout')} leaves no images to choose the subnet with; "
             "pass --sample-from-training-set to choose on training images, or a holdout above 0"
@@ -402,7 +531,7 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
 
 def check_effect(config: Config, flags: Collection[str]) -> None:
     """Refuse keys on the command line (`flags`) that this config never reads."""
-    conv_type, init, data_set = config.model.conv_type, config.model.init, config.data.set
+    method, init, data_set = config.method, config.model.init, config.data.set
     rules = [
         (
             config.sparsity.execution == "masked",
@@ -410,9 +539,14 @@ def check_effect(config: Config, flags: Collection[str]) -> None:
             "execution is masked, where all parameters stay; pass --execution compact",
         ),
         (
-            conv_type == "DenseConv",
+            method == "dense",
             MASKING_KEYS,
-            "conv_type is DenseConv (no masks, no subnet); pass --conv-type VRPGE",
+            "conv_type is DenseConv (no masks, no subnet); pass another --method",
+        ),
+        (
+            method != "dense",
+            USELESS_KEYS.get(method, set()),
+            f"method is {method}; pass another --method",
         ),
         (not config.finetune.finetune, FINETUNE_KEYS, "finetune is off; pass --finetune"),
         (
@@ -427,8 +561,8 @@ def check_effect(config: Config, flags: Collection[str]) -> None:
             f"set {data_set} is in the repository; pass another --set",
         ),
         (
-            data_set != "ImageFolder",
-            {"image_size", "workers"},
+            data_set not in ("ImageFolder", "ImageNet"),
+            {"image_size", "workers", "bad_images"},
             f"set is {data_set}; pass --set ImageFolder",
         ),
     ]

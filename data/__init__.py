@@ -43,7 +43,15 @@ class DataSplits:
 
 
 def build_data(
-    name: str, root: str, *, holdout: float, image_size: int, workers: int, bad_images: str, device: torch.device
+    name: str,
+    root: str,
+    *,
+    holdout: float,
+    train_images: int = 0,
+    image_size: int,
+    workers: int,
+    bad_images: str,
+    device: torch.device,
 ) -> DataSplits:
     """Load a set and hold out a part of its training images.
 
@@ -53,6 +61,7 @@ def build_data(
             ImageFolder: the folder with train/ and test/; ImageNet: that with ImageNet/train/ and ImageNet/val/, or
             with train/ and val/; FashionMNIST-mini comes with the repository.
         holdout: fraction of the training images of each class to hold out, in [0, 1).
+        train_images: train on so many of those that are left, see `first_in_proportion`; 0: on all.
         image_size: pixels that an ImageFolder is resized to, 0 leaves it as it is; from 128 on it is streamed.
             ImageNet: 0 is 224. Other sets are 32x32.
         workers: threads that decode the images of an ImageFolder in memory, processes that decode streamed images, 0
@@ -69,6 +78,13 @@ def build_data(
             f"{name}: {error}; check that everything under {root} is readable and its disk works"
         ) from error
     train_indices, holdout_indices = split_holdout(train.labels.numpy(), holdout, class_names)
+    if train_images > len(train_indices):
+        raise UserError(
+            f"train_images is {train_images}, but there are only {len(train_indices)} training images beside the "
+            f"{len(holdout_indices)} held-out ones; pass at most {len(train_indices)}, or 0 for all"
+        )
+    if train_images:
+        train_indices = first_in_proportion(train.labels.numpy(), train_indices, train_images)
     parts = tuple(part.to(device) for part in (train.subset(train_indices), train.subset(holdout_indices), test))
     _, channels, size, _ = test.shape
     return DataSplits(
@@ -100,6 +116,20 @@ def split_holdout(labels: np.ndarray, fraction: float, class_names: tuple[str, .
                 )
             is_held_out[members[:count]] = True
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def first_in_proportion(labels: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
+    """The first of some images, rising, in an order that is the same in every run and has all classes in proportion.
+
+    Of a class with n of N images the first c have round(c n / N), to within one; a smaller count gives a part of those
+    of a larger one.
+    """
+    random = np.random.Generator(np.random.PCG64(_HOLDOUT_SEED))
+    place = np.empty(len(indices))
+    for label in np.unique(labels[indices]):
+        members = random.permutation(np.flatnonzero(labels[indices] == label))
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.sort(indices[np.argsort(place, kind="stable")[:count]])
 
 
 def _check_arguments(name: str, holdout: float, image_size: int, workers: int) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from args import (
+    ARCHS,
     MASKING_KEYS,
     MAY_CHANGE,
     OPTIONS,
@@ -299,19 +300,14 @@ def test_a_file_that_cannot_be_read(tmp_path):
         ("--epochs " + "9" * 5000, "999... (command line)"),
         (
             "--arch resnet33",
-            "arch must be one of resnet20, resnet32, resnet20_he, resnet32_he, resnet56_he, vgg16, wrn28_10, "
-            "got 'resnet33' (command line); did you mean 'resnet32'?",
+            f"arch must be one of {', '.join(ARCHS)}, got 'resnet33' (command line); did you mean 'resnet34'?",
         ),
         ("--set cifar10", "got 'cifar10' (command line); did you mean 'CIFAR10'?"),
         ("--trainer other", "trainer must be one of default, got 'other'"),
         ("--device gpu", "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         ("--device cuda:-1", "device must be auto, cpu, cuda or cuda:N, got 'cuda:-1'"),
-        (
-            "--multigpu 0,1",
-            "multigpu must be one GPU id, because this version trains on one device: pass one id, got '0,1'",
-        ),
-        ("--multigpu -1", "multigpu must be a GPU id that is not negative, such as 0, got '-1'"),
-        ("--multigpu 0,0", "the ids here are not even distinct, got '0,0'"),
+        ("--multigpu -1", "multigpu must be GPU ids that are not negative, such as 0 or 0,1, got '-1'"),
+        ("--multigpu 0,0", "multigpu must be GPU ids that are distinct, such as 0,1, got '0,0'"),
         ("--name a/b", "name must be the name of one folder, not a path, got 'a/b'"),
         ("--name ..", "name must be the name of one folder, not a path, got '..'"),
         ("--kep-ratio 0.5", "unknown option '--kep-ratio' (command line); did you mean '--keep-ratio'?"),
@@ -350,6 +346,7 @@ def test_mistakes_on_the_command_line_are_refused_in_words(command_line, message
         "--device cuda:11",
         "--device cuda:1 --multigpu 1",
         "--multigpu 10",
+        "--multigpu 0,2,10 --sync-bn",
     ],
 )
 def test_the_ends_of_the_ranges_are_allowed(command_line):
@@ -397,10 +394,17 @@ def test_an_empty_value_is_refused():
             "device cpu (command line) and multigpu 0 (command line) contradict each other; pass one of them",
         ),
         ("--device cuda:1 --multigpu 0", "contradict each other"),
+        ("--device cuda:1 --multigpu 0,1", "contradict each other"),
+        (
+            "--sync-bn --rank-masks independent",
+            "sync_bn True (command line) needs rank_masks shared, got rank_masks independent (command line); leave",
+        ),
+        ("--sync-bn --conv-type DenseConv", "needs compact execution, got conv_type DenseConv (command line) and"),
+        ("--sync-bn --execution masked", "and execution masked (command line); leave it out"),
         (
             "--conv-type DenseConv --K 3 --lr 1e-3",
             "--K, --score-lr (command line) have no effect: conv_type is DenseConv (no masks, no subnet); "
-            "pass --conv-type VRPGE, or leave it out",
+            "pass another --method, or leave it out",
         ),
         ("--no-finetune --finetune-lr 1", "--finetune-lr (command line) has no effect: finetune is off"),
         ("--budget-end 0.3", "--budget-end (command line) has no effect: budget_schedule is constant"),
@@ -547,7 +551,7 @@ def test_help_shows_every_key_with_its_default(capsys, monkeypatch):
 def test_help_shows_choices_ranges_aliases_and_groups(capsys, monkeypatch):
     sections = help_sections(capsys, monkeypatch)
     assert "fraction of units KEPT, as in the released code; in (0, 1]; also --prune-rate" in sections["keep-ratio"]
-    assert "resnet56_he, vgg16" in sections["arch"]
+    assert "resnet110_he, vgg11" in sections["arch"]
     assert "unit|released" in sections["semantics"]
     assert "50 % and again from 75 % of the epochs" in sections["lr-policy"]
     everything = " ".join(sections.values())

@@ -20,6 +20,7 @@ from tests.toy import (
     NETWORKS,
     one_thread,  # noqa: F401
 )
+from trainers.methods.policy_gradient import drawn_mask, top_scored_mask
 from trainers.recipe import Recipe
 from trainers.session import load_data
 from trainers.state import new_run
@@ -290,7 +291,8 @@ def test_a_run_starts_at_its_budget_and_stays_in_it(unit):
     assert len(network.scores.unique()) > 10
     assert not (network.scores.double().mean() <= 0.3)  # a budget of channels would
     random = np.random.default_rng(0)
-    for mask_U in [recipe.top_scored_mask(0.3), *(recipe.drawn_mask(0.3, random) for _ in range(3))]:
+    drawn = [drawn_mask(network, recipe.config, 0.3, random) for _ in range(3)]
+    for mask_U in [top_scored_mask(network, recipe.config, 0.3), *drawn]:
         plan = network.plan(mask_U)
         assert np.array_equal(plan.mask_U, mask_U)  # no layer is empty
         cost = network.subnet_macs(plan) if unit == "flops" else network.subnet_parameters(plan)
@@ -322,7 +324,8 @@ def test_a_budget_that_no_subnet_meets_is_refused_with_the_smallest_that_one_doe
         run_of("--budget", unit, "--keep-ratio", "0.0001")
     fitting = re.search(r"pass --keep-ratio (\S+) or more", str(error.value))[1]
     recipe = run_of("--budget", unit, "--keep-ratio", fitting)
-    assert recipe.top_scored_mask(float(fitting)).sum() == len(recipe.run.network.graph.vital_groups)
+    network = recipe.run.network
+    assert top_scored_mask(network, recipe.config, float(fitting)).sum() == len(network.graph.vital_groups)
 
 
 def test_a_budget_by_layer_counts_channels_only():

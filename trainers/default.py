@@ -1,13 +1,15 @@
 """One iteration of VR-PGE, and evaluation of a fixed subnet.
 
+Several ranks (see `utils/distributed.py`) take a part of each batch; here B is what this rank has of it.
+
 Legend: B batch, U maskable units of the network, K masks drawn in one step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.distributed import (
+    average_gradients_,
+    averaged,
+    broadcast_scores_,
+    merged_statistics,
+    num_ranks,
+    rank,
+    summed,
+)
 from utils.estimator import subbatch_gradient, vrpge_gradient
 from utils.masks import sample_masks
 from utils.metrics import MetricSums, count_correct
 from utils.network import SparseNetwork
 from utils.plan import Plan
-from utils.projection import project_onto_budget
+from utils.projection import project_onto_budget, project_onto_cost
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -31,6 +42,12 @@ class Draw:
 
     masks_KU: Tensor  # (K, U) bool on the device, as drawn: what the estimator sees
     plans: list[Plan]  # what the passes run: the layer guard applied
+    of_all_ranks: Tensor | None = None  # (ranks x K, U) where every rank draws its own, in the order of ranks
+
+    @property
+    def drawn(self) -> Tensor:
+        """The masks of all ranks, the same on each of them."""
+        return self.masks_KU if self.of_all_ranks is None else self.of_all_ranks
 
 
 @dataclass(frozen=True)
@@ -39,25 +56,34 @@ class StepSettings:
 
     Attributes:
         weight_lr, score_lr: learning rates of this step.
-        kept_fraction: the budget as a fraction of the units.
+        kept_fraction: the budget as a fraction of what it counts (`--budget`): units, parameters or multiply-adds.
         update_scores: whether this step has a structure step (`--score-every`).
+        progress: finished fraction of the steps of the phase.
     """
 
     weight_lr: float
     score_lr: float = 0.0
     kept_fraction: float = 1.0
     update_scores: bool = True
+    progress: float = 0.0
 
 
 @dataclass
 class SearchState:
-    """Everything that one iteration reads and changes."""
+    """Everything that one iteration reads and changes.
+
+    Attributes:
+        generator: of the masks, on the device of the scores.
+        draw: the masks of the next step; None for methods that draw none.
+        coin: of the control that tosses which mask gets which loss, on the same device; None: each gets its own.
+    """
 
     network: SparseNetwork
     weight_optimizer: torch.optim.Optimizer
     score_optimizer: torch.optim.Optimizer
-    generator: torch.Generator  # of the masks, on the device of the scores
-    draw: Draw
+    generator: torch.Generator
+    draw: Draw | None
+    coin: torch.Generator | None = None
 
 
 @dataclass(frozen=True)
@@ -67,30 +93,48 @@ class PendingDraw:
     masks_KU: Tensor
     on_host: Tensor
     arrived: torch.cuda.Event | None
+    of_all_ranks: Tensor | None
 
     def finish(self, network: SparseNetwork) -> Draw:
         """Waits for the copy, then finds the channels that each mask leaves."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return Draw(self.masks_KU, [network.plan(mask_U) for mask_U in self.on_host.numpy()])
+        return Draw(self.masks_KU, [network.plan(mask_U) for mask_U in self.on_host.numpy()], self.of_all_ranks)
 
 
-def start_draw(network: SparseNetwork, generator: torch.Generator, num_masks: int) -> PendingDraw:
-    """Draws from the current scores and sends the masks to the host, without waiting for the device."""
-    masks_KU = sample_masks(network.scores, generator, num_masks)
+def start_draw(network: SparseNetwork, generator: torch.Generator, num_masks: int, num_drawing: int = 1) -> PendingDraw:
+    """Draws from the current scores and sends the masks to the host, without waiting for the device.
+
+    Args:
+        generator: the same on all ranks.
+        num_drawing: how many ranks draw masks of their own, see `num_drawing_ranks`. Each draws those of all and takes
+            its part: the generators stay the same, so a checkpoint holds one for all.
+    """
+    drawn = [sample_masks(network.scores, generator, num_masks) for _ in range(num_drawing)]
+    return _send(drawn[rank() if num_drawing > 1 else 0], torch.cat(drawn) if num_drawing > 1 else None)
+
+
+def _send(masks_KU: Tensor, of_all_ranks: Tensor | None) -> PendingDraw:
     on_host = masks_KU.to("cpu", non_blocking=True)
     arrived = torch.cuda.current_stream(masks_KU.device).record_event() if masks_KU.is_cuda else None
-    return PendingDraw(masks_KU, on_host, arrived)
+    return PendingDraw(masks_KU, on_host, arrived, of_all_ranks)
 
 
-def draw_masks(network: SparseNetwork, generator: torch.Generator, num_masks: int) -> Draw:
-    """Draws from the current scores."""
-    return start_draw(network, generator, num_masks).finish(network)
+def draw_masks(network: SparseNetwork, generator: torch.Generator, num_masks: int, num_drawing: int = 1) -> Draw:
+    """Draws from the current scores; arguments as those of `start_draw`."""
+    return start_draw(network, generator, num_masks, num_drawing).finish(network)
+
+
+def stored_draw(network: SparseNetwork, masks: Tensor, num_masks: int) -> Draw:
+    """The draw that a checkpoint holds: (num_masks, U) bool, or as many for every rank."""
+    of_all_ranks = masks if len(masks) > num_masks else None
+    first = rank() * num_masks if len(masks) > num_masks else 0
+    return _send(masks[first : first + num_masks], of_all_ranks).finish(network)
 
 
 def redraw_plans(network: SparseNetwork, draw: Draw) -> Draw:
     """The same masks again, after the parameters that they point into have changed."""
-    return Draw(draw.masks_KU, [network.plan(plan.mask_U) for plan in draw.plans])
+    return replace(draw, plans=[network.plan(plan.mask_U) for plan in draw.plans])
 
 
 def calculateGrad(scores_U: torch.nn.Parameter, masks_KU: Tensor, losses: Tensor, alpha: float) -> None:
@@ -103,8 +147,13 @@ def calculateGrad(scores_U: torch.nn.Parameter, masks_KU: Tensor, losses: Tensor
     scores_U.grad = estimate(scores_U.detach(), masks_KU, losses.detach(), alpha)
 
 
-def project_scores_(network: SparseNetwork, kept_fraction: float, by_layer: bool) -> Tensor:
+def project_scores_(network: SparseNetwork, kept_fraction: float, by_layer: bool, budget: str = "channels") -> Tensor:
     """Puts the scores back into the box and the budget, over all layers or each on its own. Returns v (the largest)."""
+    if budget != "channels":
+        cost = network.expected_cost(budget)
+        projected, v = project_onto_cost(network.scores.data, cost, kept_fraction * cost.dense)
+        network.scores.data.copy_(projected)
+        return v
     groups = network.unit_groups() if by_layer else [slice(None)]
     thresholds = []
     for part in (network.scores.data[group] for group in groups):
@@ -134,48 +183,93 @@ def train_step(
         labels: (B,) int64.
         settings: learning rates and budget of this step.
         config: `args.Config`; read are `sparsity` and `train`.
-    Returns: sums over the batch on the device: loss, top1, top5, loss_difference, v.
+    Returns: sums over the batch (of all ranks) on the device: loss, top1, top5, loss_difference, v.
     """
-    network, draw, sparsity = state.network, state.draw, config.sparsity
+    network, draw, sparsity, size = state.network, state.draw, config.sparsity, len(labels)
     weights, scores = network.weight_parameters(), network.scores
-    _set_learning_rate(state.weight_optimizer, settings.weight_lr)
-    _set_learning_rate(state.score_optimizer, settings.score_lr)
+    set_learning_rate(state.weight_optimizer, settings.weight_lr)
+    set_learning_rate(state.score_optimizer, settings.score_lr)
 
     # sparse forward passes on the same batch
     num_passes = num_full_passes(sparsity, settings.update_scores)
-    losses, logits = sparse_passes(network, draw.plans[:num_passes], images, labels, config)
+    with merged_statistics(network, draw.plans[: sparsity.weight_samples], size):
+        losses, logits = sparse_passes(network, draw.plans[:num_passes], images, labels, config)
     weight_loss = torch.stack(losses[: sparsity.weight_samples]).mean()
 
     # structure step: policy gradient, optimizer, projection; then the next draw
     scores.grad = None
     if settings.update_scores and sparsity.subbatch:
         pairs = part_losses(network, draw.plans[1:], images, labels, logits, config)
-        calculateGrad(scores, draw.masks_KU, pairs, sparsity.alpha)
+        pairs = score_gradient_(scores, draw.masks_KU, pairs, size, sparsity, state.coin)
         difference = (pairs[:, 0] - pairs[:, 1]).abs().mean()
     elif settings.update_scores:
         losses_K = torch.stack([loss.detach() for loss in losses])
-        calculateGrad(scores, draw.masks_KU, losses_K, sparsity.alpha)
+        losses_K = score_gradient_(scores, draw.masks_KU, losses_K, size, sparsity, state.coin)
         difference = (losses_K[0] - losses_K[1]).abs()
     else:
         difference = torch.zeros_like(weight_loss)
     if config.train.clip_jointly:  # one norm over both couples the steps, so backward has to come first
-        _backward(network, weight_loss, weights)
+        backward(network, weight_loss, weights, size)
         torch.nn.utils.clip_grad_norm_([*weights, scores], config.train.clip_norm)
     else:
         torch.nn.utils.clip_grad_norm_([scores], config.train.clip_norm)
     state.score_optimizer.step()  # does nothing where there is no gradient
-    v = project_scores_(network, settings.kept_fraction, sparsity.constrain_by_layer)
-    next_draw = start_draw(network, state.generator, num_masks(sparsity))
+    v = project_scores_(network, settings.kept_fraction, sparsity.constrain_by_layer, sparsity.budget)
+    broadcast_scores_(network)
+    next_draw = start_draw(network, state.generator, num_masks(sparsity), num_drawing_ranks(sparsity))
 
     # weight step: chain rule through the kept channels; a GPU works on it while the host plans the next passes
     if not config.train.clip_jointly:
-        _backward(network, weight_loss, weights)
+        backward(network, weight_loss, weights, size)
         torch.nn.utils.clip_grad_norm_(weights, config.train.clip_norm)
     state.weight_optimizer.step()
     state.draw = next_draw.finish(network)
 
-    size = len(labels)
-    return {**_batch_sums(losses[0].detach(), logits, labels), "loss_difference": difference * size, "v": v * size}
+    sums = {**batch_sums(losses[0].detach(), logits, labels), "loss_difference": difference * size, "v": v * size}
+    return dict(zip(sums, summed(*sums.values()), strict=True))
+
+
+def num_drawing_ranks(sparsity: Any) -> int:
+    """How many ranks draw masks of their own; 1 if all have the same."""
+    return num_ranks() if sparsity.rank_masks == "independent" else 1
+
+
+def score_gradient_(
+    scores_U: torch.nn.Parameter,
+    masks_KU: Tensor,
+    losses: Tensor,
+    num_images: int,
+    sparsity: Any,
+    coin: torch.Generator | None = None,
+) -> Tensor:
+    """Writes the estimate of a step into `scores_U.grad`, the same on all ranks. Returns the losses that it is made of.
+
+    Where all ranks have the same masks, it is made of the losses of the whole batch. Where each has its own, it is the
+    mean of the ranks' estimates, so its variance falls with their number.
+
+    Args:
+        losses: as those of `calculateGrad`, of this rank's images.
+        num_images: what the losses are means of.
+        coin: deals the losses out to the masks at random, see `tossed`.
+    """
+    shared = sparsity.rank_masks == "shared"
+    losses = averaged(losses, num_images) if shared else losses
+    losses = losses if coin is None else tossed(losses, coin)
+    calculateGrad(scores_U, masks_KU, losses, sparsity.alpha)
+    if not shared:
+        scores_U.grad = averaged(scores_U.grad, num_images)
+    return losses
+
+
+def tossed(losses: Tensor, coin: torch.Generator) -> Tensor:
+    """The losses of each row in random order: of two, their difference gets the sign of a fair coin.
+
+    Args:
+        losses: (K,) or (parts, 2).
+        coin: on their device.
+    """
+    order = torch.rand(losses.shape, generator=coin, device=losses.device).argsort(dim=-1)
+    return losses.gather(-1, order)
 
 
 def num_masks(sparsity: Any) -> int:
@@ -224,7 +318,8 @@ def part_losses(
     """
     smoothing = config.train.label_smoothing
     pairs = []
-    for plan, part, answers, own in zip(plans, *(t.chunk(len(plans)) for t in (images, labels, logits)), strict=True):
+    parts = (t.tensor_split(len(plans)) for t in (images, labels, logits))
+    for plan, part, answers, own in zip(plans, *parts, strict=True):
         with torch.no_grad():
             first = F.cross_entropy(own, answers, label_smoothing=smoothing)
             loss, _ = forward_loss(network, plan, part, answers, config.train, update_statistics=False)
@@ -240,24 +335,39 @@ def weight_step(
     labels: Tensor,
     settings: StepSettings,
     config: Any,
+    penalise: Callable[[SparseNetwork], None] | None = None,
 ) -> dict[str, Tensor]:
-    """One ordinary training step of a fixed subnet (fine-tuning) or of a dense network (its full plan)."""
+    """One ordinary training step of a fixed subnet (fine-tuning) or of a dense network (its full plan).
+
+    Args:
+        penalise: adds the gradients of a penalty, before they are clipped.
+    """
     weights = network.weight_parameters()
-    _set_learning_rate(optimizer, settings.weight_lr)
-    loss, logits = forward_loss(network, plan, images, labels, config.train, update_statistics=True)
-    _backward(network, loss, weights)
+    set_learning_rate(optimizer, settings.weight_lr)
+    with merged_statistics(network, [plan], len(labels)):
+        loss, logits = forward_loss(network, plan, images, labels, config.train, update_statistics=True)
+    backward(network, loss, weights, len(labels))
+    if penalise is not None:
+        penalise(network)
     torch.nn.utils.clip_grad_norm_(weights, config.train.clip_norm)
     optimizer.step()
-    return _batch_sums(loss.detach(), logits.detach(), labels)
+    sums = batch_sums(loss.detach(), logits.detach(), labels)
+    return dict(zip(sums, summed(*sums.values()), strict=True))
 
 
 def evaluate(network: SparseNetwork, plan: Plan, batches: Batches, config: Any) -> dict[str, float]:
-    """Loss, top-1 and top-5 (per cent) of one fixed subnet in eval mode. Changes no tensor and no generator."""
+    """Loss, top-1 and top-5 (per cent) of one fixed subnet in eval mode. Changes no tensor and no generator.
+
+    Args:
+        batches: this rank's; there may be none. The numbers are of all ranks' images, each counted once.
+    """
     sums = MetricSums()
+    sums.add(dict.fromkeys(("loss", "top1", "top5"), torch.zeros((), device=network.device)), 0)
     with eval_mode(network), torch.inference_mode():
         for images, labels in batches:
             loss, logits = forward_loss(network, plan, images, labels, config, update_statistics=False)
-            sums.add(_batch_sums(loss, logits, labels), len(labels))
+            sums.add(batch_sums(loss, logits, labels), len(labels))
+    sums.add_other_ranks()
     return {name: value * (1 if name == "loss" else 100) for name, value in sums.means().items()}
 
 
@@ -271,20 +381,24 @@ def eval_mode(network: SparseNetwork) -> Iterator[None]:
         network.model.train(was_training)
 
 
-def _batch_sums(loss: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def batch_sums(loss: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     top1, top5 = (count_correct(logits, labels, k) for k in (1, 5))
     return {"loss": loss * len(labels), "top1": top1, "top5": top5}
 
 
-def _backward(network: SparseNetwork, loss: Tensor, weights: list[torch.nn.Parameter]) -> None:
-    """Fresh gradients of all weights: those of dropped units are zero, so momentum and decay still move them."""
+def backward(network: SparseNetwork, loss: Tensor, weights: list[torch.nn.Parameter], num_images: int) -> None:
+    """Fresh gradients of all weights: those of dropped units are zero, so momentum and decay still move them.
+
+    They are means over the whole batch: over the ranks, each with the weight of its number of images.
+    """
     network.clear_gradients()
     loss.backward()
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
+    average_gradients_(weights, num_images)
 
 
-def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -1,4 +1,4 @@
-"""The whole recipe: search, choice of a subnet, fine-tuning; or plain dense training through the same loop."""
+"""The whole recipe: search, choice of a subnet, fine-tuning; or one network in one phase through the same loop."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ import torch
 from torch import Tensor
 
 from args import Config
-from data import DataSplits, ImageSet
-from trainers.default import StepSettings, evaluate, num_full_passes, train_step, twin_of, weight_step
+from data import BatchedSet, DataSplits
+from trainers.default import StepSettings, evaluate
+from trainers.methods import method_of
+from trainers.methods.base import Method, cost_of
 from trainers.report import Reporter
-from trainers.retirement import retire
-from trainers.state import CANDIDATE_STREAM, Best, RunState, stream_seed
+from trainers.state import Best, RunState
+from utils.distributed import agreed_signal, check_equal, num_ranks, synchronised_batch_norm
 from utils.metrics import Cost, CostLedger, MetricSums
 from utils.plan import Plan
 from utils.retirement import store_only
 from utils.schedules import kept_fraction, learning_rate_factor
 from utils.signals import StopRequest
-from utils.subnet import Subnet, best_within_budget, estimate_statistics, installed
+from utils.subnet import Subnet, estimate_statistics, installed
+
+CHECK_EVERY = 100  # steps; reads all weights once and makes a GPU wait
+FINETUNING = Method()  # ordinary steps of the chosen subnet, whatever chose it
 
 
 class Stopped(Exception):
@@ -39,7 +44,8 @@ class Recipe:
     """A run, its images and its configuration: what all steps of the recipe share.
 
     Attributes:
-        calibration: shuffled training images, not augmented, for batch-norm statistics. The same in every run.
+        calibration: shuffled training images, not augmented, for batch-norm statistics. The same in every run, and on
+            every rank: each computes all of them, so the statistics are those of a single process, bit by bit.
     """
 
     config: Config
@@ -49,17 +55,20 @@ class Recipe:
     stop: StopRequest | None
 
     def __post_init__(self) -> None:
+        self.method = method_of(self.config)
         wanted = self.config.finetune.bn_batches * self.config.train.batch_size
         order = np.random.default_rng(0).permutation(len(self.data.train))[:wanted]
         self.calibration = self.data.train.subset(torch.from_numpy(order))
+        self.calibration.rank, self.calibration.num_ranks = 0, 1
 
     # ---- the phases -------------------------------------------------------------------------------------------
 
     def execute(self) -> None:
         """Runs what is left of the recipe.
 
-        Raises: Stopped after the step in which a signal came; Diverged when the loss is not finite.
+        Raises: Stopped after the step in which a signal came; Diverged when the loss is not finite; RankError.
         """
+        self.check_ranks()
         while self.run.phase != "done":
             if self.run.epoch < self.last_epoch_of_phase:
                 self.train_epoch()
@@ -69,13 +78,12 @@ class Recipe:
             else:
                 self.run.phase = "done"
                 self.reporter.save(self.run)
-            if self.stop.signal is not None and self.run.phase != "done":
-                raise Stopped
+            if self.run.phase != "done":
+                self.stop_if_asked()
 
     @property
     def last_epoch_of_phase(self) -> int:
-        epochs = self.config.train.epochs
-        return epochs + self.config.finetune.finetune_epochs if self.run.phase == "finetune" else epochs
+        return self.config.train.epochs if self.run.phase == "search" else self.config.total_epochs
 
     @property
     def batch_size(self) -> int:
@@ -87,11 +95,11 @@ class Recipe:
         config, sparsity = self.config, self.config.sparsity
         if self.run.phase == "finetune":
             return StepSettings(config.finetune.finetune_lr)
-        now, total = self.run.epoch * steps_per_epoch + step, config.train.epochs * steps_per_epoch
+        now, total = self.run.epoch * steps_per_epoch + step, self.last_epoch_of_phase * steps_per_epoch
         warmup = config.train.warmup_length * steps_per_epoch
         factor = learning_rate_factor(config.train.lr_policy, now, total, warmup)
         fraction = kept_fraction(
-            *(sparsity.budget_schedule, now, total),
+            *(sparsity.budget_schedule if self.method.has_scores else "constant", now, total),
             *(sparsity.keep_ratio, sparsity.budget_start, sparsity.budget_end),
         )
         return StepSettings(
@@ -99,6 +107,7 @@ class Recipe:
             score_lr=config.train.score_lr * factor,
             kept_fraction=fraction,
             update_scores=now % sparsity.score_every == 0,
+            progress=now / total,
         )
 
     def train_epoch(self) -> None:
@@ -109,54 +118,32 @@ class Recipe:
         with self.reporter.progress(run, steps) as progress, self.timed("epoch_seconds"):
             for images, labels in batches:
                 settings = self.settings(run.step, steps)
-                run.sums.add(self.step(images, labels, settings), len(labels))
+                run.sums.add(self.step(images, labels, settings), self.batch_size)
                 run.step += 1
-                if images.device.type == "cpu" or progress.wants_values():  # on a GPU reading the loss waits
+                # on a GPU reading the loss waits; all ranks do it at the same steps, whatever their consoles show
+                if images.device.type == "cpu" or run.step % config.run.print_freq == 0:
                     self.check_finite()
+                if run.step % CHECK_EVERY == 0:
+                    self.check_ranks()
                 values = self.progress_values() if progress.wants_values() else None
-                progress.update(len(labels), values)
-                if self.stop.signal is not None:
-                    raise Stopped
+                progress.update(self.batch_size, values)
+                self.stop_if_asked()
 
     def step(self, images: Tensor, labels: Tensor, settings: StepSettings) -> dict[str, Tensor]:
         """One step of the current phase, entered into the ledger of costs."""
         run, network = self.run, self.run.network
-        if run.search is not None:
-            forward, num_backward = self.costs_of_search_step(settings), self.config.sparsity.weight_samples
-            metrics = train_step(run.search, images, labels, settings, self.config)
-        else:
-            plan, num_backward = self.fixed_plan, 1
-            forward = [self.cost(plan)]
-            metrics = weight_step(network, run.weight_optimizer, plan, images, labels, settings, self.config)
-        for cost in (run.ledger, run.epoch_cost):
-            cost.add_step(len(labels), forward, num_backward, network.dense_macs)
+        method = FINETUNING if run.phase == "finetune" else self.method
+        with synchronised_batch_norm(network, self.config.train.sync_bn):
+            metrics, cost = method.step(run, images, labels, settings, self.config)
+        spent = CostLedger()
+        spent.add_step(len(labels), cost.forward, cost.num_backward, network.dense_macs)
+        spent = spent.of_all_ranks()
+        run.ledger.add(spent)
+        run.epoch_cost.add(spent)
         return metrics
 
-    def costs_of_search_step(self, settings: StepSettings) -> list[Cost]:
-        """What the forward passes of the coming step cost per image of the batch."""
-        sparsity, plans = self.config.sparsity, self.run.search.draw.plans
-        costs = [
-            self.cost(plan)
-            for k, plan in enumerate(plans[: num_full_passes(sparsity, settings.update_scores)])
-            if k < sparsity.weight_samples or twin_of(plans, k) is None  # a repeated mask runs once
-        ]
-        if settings.update_scores and sparsity.subbatch:  # each of the other masks sees its part of the batch
-            parts = [self.cost(plan) for plan in plans[1:]]
-            costs.append(tuple(sum(values) // len(parts) for values in zip(*parts, strict=True)))
-        return costs
-
     def cost(self, plan: Plan) -> Cost:
-        return self.run.network.executed_macs(plan), self.run.network.padded_macs(plan)
-
-    @property
-    def retires(self) -> bool:
-        """Whether units leave the parameters: an exact saving that only compact execution can make."""
-        return self.config.sparsity.retire == "on" and self.config.sparsity.execution == "compact"
-
-    @property
-    def fixed_plan(self) -> Plan:
-        network, subnet = self.run.network, self.run.subnet
-        return network.dense_plan if subnet is None else network.plan(subnet.mask_U)
+        return cost_of(self.run.network, plan)
 
     # ---- the end of an epoch ----------------------------------------------------------------------------------
 
@@ -165,8 +152,8 @@ class Recipe:
         run, sparsity = self.run, self.config.sparsity
         settings = self.settings(run.step - 1, self.data.train.num_train_batches(self.batch_size))
         with self.timed("seconds"):
-            if run.search is not None and self.retires:
-                retire(run.search)
+            if run.phase == "search":
+                self.method.end_of_epoch(run, self.config)
             subnet = self.current_subnet(settings.kept_fraction)
             heldout, test = self.evaluate_subnet(subnet)
         run.epoch += 1
@@ -177,17 +164,18 @@ class Recipe:
         if is_best:
             run.best = Best(subnet, run.epoch, heldout, test)
         self.check_finite()
+        self.check_ranks()
         self.reporter.epoch_end(run, subnet, settings, heldout, test)
         run.train_seconds += run.epoch_seconds
         run.sums, run.epoch_cost, run.epoch_seconds = MetricSums(), CostLedger(), 0.0
         self.reporter.save(run, best=is_best, epoch_end=True)
 
     def current_subnet(self, fraction: float) -> Subnet:
-        """What would be shipped now: the top-scored subnet in the search, else the network as it is."""
+        """What would be shipped now: in a search the subnet that it would keep, else the network as it is."""
         network = self.run.network
-        if self.run.search is not None:
-            return self.calibrated(self.top_scored_mask(fraction))
-        mask_U = self.fixed_plan.mask_U
+        if self.run.phase == "search":
+            return self.calibrated(self.method.mask(network, self.config, fraction))
+        mask_U = self.run.fixed_plan.mask_U
         statistics = {
             name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in network.batch_norms().items()
         }
@@ -198,7 +186,8 @@ class Recipe:
         network = self.run.network
         batches = self.calibration.batches(self.config.train.batch_size)
         subnet = estimate_statistics(network, mask_U, batches, self.config.train)
-        self.run.ledger.add_forward(len(self.calibration), self.cost(network.plan(subnet.mask_U)))
+        images = num_ranks() * len(self.calibration)
+        self.run.ledger.add_forward(images, self.cost(network.plan(subnet.mask_U)))
         return subnet
 
     def evaluate_subnet(self, subnet: Subnet) -> tuple[dict[str, float], dict[str, float]]:
@@ -207,7 +196,7 @@ class Recipe:
         self.run.ledger.add_forward(len(self.data.holdout), self.cost(self.run.network.plan(subnet.mask_U)))
         return heldout, self.evaluate_on(subnet, self.data.test)
 
-    def evaluate_on(self, subnet: Subnet, images: ImageSet) -> dict[str, float]:
+    def evaluate_on(self, subnet: Subnet, images: BatchedSet) -> dict[str, float]:
         network = self.run.network
         with installed(network, subnet):
             batches = images.batches(self.config.train.batch_size)
@@ -220,54 +209,35 @@ class Recipe:
 
     # ---- the choice of the subnet -----------------------------------------------------------------------------
 
-    def top_scored_mask(self, fraction: float) -> np.ndarray:
-        scores_U = self.run.network.scores.detach().cpu().numpy()
-        return self.best_of(scores_U, scores_U, fraction)
-
-    def drawn_mask(self, fraction: float, random: np.random.Generator) -> np.ndarray:
-        """A mask drawn from the scores; where it exceeds the budget, its least likely units are left out."""
-        scores_U = self.run.network.scores.detach().cpu().numpy()
-        return self.best_of(np.where(random.random(len(scores_U)) < scores_U, scores_U, 0), scores_U, fraction)
-
-    def best_of(self, values_U: np.ndarray, scores_U: np.ndarray, fraction: float) -> np.ndarray:
-        network, by_layer = self.run.network, self.config.sparsity.constrain_by_layer
-        groups = network.unit_groups() if by_layer else [slice(0, network.num_units)]
-        vital = network.graph.vital_groups if network.semantics == "unit" else []
-        return best_within_budget(values_U, scores_U, groups, fraction, vital)
-
     def choose_subnet(self) -> None:
-        """Ends the search: the best of the top-scored and some drawn subnets, by held-out or training images.
-
-        The candidates come from the scores and a stream of their own, so choosing again gives the same subnet.
-        """
+        """Ends the search: the best of the method's candidates, by held-out or training images."""
         run, config = self.run, self.config
-        ratio = config.sparsity.keep_ratio
-        random = np.random.default_rng(stream_seed(config.run.seed, CANDIDATE_STREAM))
-        masks = [self.top_scored_mask(ratio)]
-        masks += [self.drawn_mask(ratio, random) for _ in range(config.finetune.num_subnets)]
+        masks = self.method.candidates(run.network, config)
         judges = self.data.train if config.finetune.sample_from_training_set else self.data.holdout
         with self.timed("seconds"):
-            candidates = []
+            subnets, merits = [], []
             for mask_U in masks:
-                subnet = self.calibrated(mask_U)
-                candidates.append((self.merit(self.evaluate_on(subnet, judges)), subnet))
-                run.ledger.add_forward(len(judges), self.cost(run.network.plan(subnet.mask_U)))
-            chosen = max(range(len(candidates)), key=lambda i: candidates[i][0])  # ties: the top-scored one
-            subnet = candidates[chosen][1]
+                subnets.append(self.calibrated(mask_U))
+                if self.method.has_scores:  # others have a single candidate
+                    merits.append(self.merit(self.evaluate_on(subnets[-1], judges)))
+                    run.ledger.add_forward(len(judges), self.cost(run.network.plan(subnets[-1].mask_U)))
+            chosen = max(range(len(merits)), key=merits.__getitem__, default=0)  # ties: the top-scored one
+            subnet = subnets[chosen]
             heldout, test = self.evaluate_subnet(subnet)
-        drawn = [accuracy for (accuracy, _), _ in candidates[1:]]
-        run.choice = {
-            "chosen_candidate": chosen,
-            "top_scored_top1": candidates[0][0][0],
-            "drawn_top1_mean": float(np.mean(drawn)) if drawn else math.nan,
-            "drawn_top1_sd": float(np.std(drawn)) if drawn else math.nan,
-        }
+        if merits:
+            drawn = [accuracy for accuracy, _ in merits[1:]]
+            run.choice = {
+                "chosen_candidate": chosen,
+                "top_scored_top1": merits[0][0],
+                "drawn_top1_mean": float(np.mean(drawn)) if drawn else math.nan,
+                "drawn_top1_sd": float(np.std(drawn)) if drawn else math.nan,
+            }
         run.best = Best(subnet, run.epoch, heldout, test)
-        self.reporter.choice(run, len(candidates))
+        self.reporter.choice(run, len(subnets))
         self.reporter.save(run, best=True)  # the weights of best.pt are those of the search's end
         if config.finetune.finetune:
             run.start_finetuning(config, subnet)
-            if self.retires:
+            if config.sparsity.retires:
                 store_only(run.network, subnet.mask_U, run.weight_optimizer)
         else:
             run.phase, run.subnet = "done", subnet
@@ -283,6 +253,16 @@ class Recipe:
                 f"checkpoint is from before. Lower --weight-lr (now {self.config.train.weight_lr}) or --clip-norm"
             )
 
+    def check_ranks(self) -> None:
+        """Raises RankError unless all ranks still train the same network."""
+        check_equal(self.run.replicated(), f"after {self.run.epoch} epochs and {self.run.step} steps")
+
+    def stop_if_asked(self) -> None:
+        """Raises Stopped on all ranks as soon as a signal has reached one of them."""
+        if (number := agreed_signal(self.stop.signal)) is not None:
+            self.stop.signal = number
+            raise Stopped
+
     def progress_values(self) -> dict[str, float]:
         means = self.run.sums.means()
         return {
@@ -293,7 +273,7 @@ class Recipe:
 
     @property
     def kept_units(self) -> float:
-        mask_U = self.fixed_plan.mask_U
+        mask_U = self.run.fixed_plan.mask_U
         return float(mask_U.mean()) if len(mask_U) else 1.0
 
     @contextmanager

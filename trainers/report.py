@@ -15,6 +15,7 @@ from trainers.default import StepSettings
 from trainers.state import RunState
 from utils import checkpoint
 from utils.board import Board
+from utils.distributed import num_ranks
 from utils.progress import Progress, announce
 from utils.run_folder import append_row, truncate_rows, write_json
 from utils.subnet import Subnet
@@ -78,10 +79,7 @@ class Reporter:
         self.board.layout(PAGES)
 
     def progress(self, run: RunState, steps: int) -> Progress:
-        total = self.config.train.epochs
-        if self.config.finetune.finetune and run.phase != "dense":
-            total += self.config.finetune.finetune_epochs
-        description = f"{run.phase} epoch {run.epoch + 1}/{total}"
+        description = f"{run.phase} epoch {run.epoch + 1}/{self.config.total_epochs}"
         return Progress(steps, description, run.step, every_steps=self.config.run.print_freq)
 
     def epoch_end(
@@ -114,11 +112,11 @@ class Reporter:
             values |= score_facts(network.scores)
             values |= {
                 "budget": settings.kept_fraction,
-                "keep_ratio_drawn": float(run.search.draw.masks_KU[0].double().mean()),
                 "score_lr": settings.score_lr,
-                "v": means["v"],
-                "loss_difference": means["loss_difference"],
+                **{name: means[name] for name in ("v", "loss_difference") if name in means},
             }
+            if run.search.draw is not None:
+                values["keep_ratio_drawn"] = float(run.search.draw.masks_KU[0].double().mean())
         try:
             self._write(run, values)
         except OSError as error:  # such as a full disk: no reason to lose the training
@@ -146,12 +144,10 @@ class Reporter:
 
     def choice(self, run: RunState, num_candidates: int) -> None:
         kept = int(run.best.subnet.mask_U.sum())
-        which = "the top-scored one" if run.choice["chosen_candidate"] == 0 else "a drawn one"
+        which = "a drawn one" if run.choice.get("chosen_candidate") else "the top-scored one"
         judged = "training" if self.config.finetune.sample_from_training_set else "held-out"
-        announce(
-            f"chose {which} of {num_candidates} subnets by {judged} images: {kept} of {run.network.num_units} "
-            f"units, test {run.best.test['top1']:.2f} %"
-        )
+        how = f"chose {which} of {num_candidates} subnets by {judged} images" if run.choice else "pruned"
+        announce(f"{how}: {kept} of {run.network.num_units} units, test {run.best.test['top1']:.2f} %")
 
     def save(self, run: RunState, best: bool = False, epoch_end: bool = False) -> None:
         """Writes last.pt, with `best` also best.pt, at the end of every `save_every`-th epoch a numbered one too.
@@ -192,6 +188,25 @@ class Reporter:
         self.board.close()
 
 
+class SilentReporter(Reporter):
+    """The reporter of all ranks but the first: it has no folder and writes nothing."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.save_failed = config, False
+
+    def epoch_end(self, *_: object) -> None:
+        pass
+
+    def choice(self, *_: object) -> None:
+        pass
+
+    def save(self, run: RunState, best: bool = False, epoch_end: bool = False) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def score_facts(scores_U: Tensor) -> dict[str, float]:
     """How decided the scores are; entropy is the mean per unit, in bits."""
     s = scores_U.detach().double()
@@ -215,6 +230,7 @@ def summarise(run: RunState, config: Config, data: DataSplits, folder: Path) -> 
         "width_mult": config.model.width_mult,
         "set": config.data.set,
         "conv_type": config.model.conv_type,
+        "method": config.method,
         "keep_ratio": 1.0 if dense else config.sparsity.keep_ratio,
         "test_top1": best.test["top1"],
         "test_top5": best.test["top5"],
@@ -234,6 +250,7 @@ def summarise(run: RunState, config: Config, data: DataSplits, folder: Path) -> 
         "semantics": "dense" if dense else config.sparsity.semantics,
         "precision": config.train.precision,
         "device": device_name(network.device),
+        "ranks": num_ranks(),
         "choice": {name: None if math.isnan(value) else value for name, value in run.choice.items()},
         "data_fingerprint": data.fingerprint,
         "run": str(folder),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ import torch
 
 from args import Arguments, Config, check_resume, config_from_dict, config_to_yaml
 from data import DataSplits, build_data
+from trainers.devices import check_ranks, find_device, finetune_batch, gpus_to_start, starter
 from trainers.recipe import Diverged, Recipe, Stopped
-from trainers.report import Reporter, device_name
+from trainers.report import Reporter, SilentReporter, device_name
 from trainers.state import RunState, load_model_state, new_run
 from utils import checkpoint
+from utils.distributed import check_equal, first_on_each_machine, joined, num_ranks, rank, wait_for_all
 from utils.errors import UserError
+from utils.launch import launch
 from utils.progress import announce
 from utils.run_folder import (
     create_run_folder,
@@ -36,15 +41,31 @@ def start(arguments: Arguments, command: Sequence[str]) -> int:
     """Does what the arguments ask for; see `main.main` for the exit codes."""
     if arguments.config.run.resume is not None:
         return _resume(arguments, command)
-    config = arguments.config
+    return _on_devices(arguments.config, arguments, command, partial(_begin, arguments, command))
+
+
+def _on_devices(
+    config: Config, arguments: Arguments, command: Sequence[str], work: Callable[[Config, torch.device], int]
+) -> int:
+    """Does the work on the device of this process, or in new processes, one for each of several GPUs."""
+    if wanted := gpus_to_start(config):
+        return launch(wanted, command[1:])
     device = find_device(config)
+    with joined(device):
+        check_ranks(config, device, [key for key, origin in arguments.origin.items() if origin == "command line"])
+        return work(config, device)
+
+
+def _begin(arguments: Arguments, command: Sequence[str], config: Config, device: torch.device) -> int:
     data = load_data(config, device)
     run = new_run(config, data, device)
     describe(config, data, run)
     if config.run.dry_run:
         return _dry_run(config, data, run)
-    stem = Path(config.run.config).stem if config.run.config else "no_config"
-    folder = create_run_folder(config.run.log_dir, stem, run_name(config), _kept(config))
+    folder = None
+    if rank() == 0:
+        stem = Path(config.run.config).stem if config.run.config else "no_config"
+        folder = create_run_folder(config.run.log_dir, stem, run_name(config), _kept(config))
     return _train(config, arguments, command, data, run, folder)
 
 
@@ -65,7 +86,18 @@ def _resume(arguments: Arguments, command: Sequence[str]) -> int:
     if config.run.print_config:
         print(config_to_yaml(config), end="")
         return 0
-    device = find_device(config)
+    return _on_devices(config, arguments, command, partial(_go_on, arguments, command, folder, file, state))
+
+
+def _go_on(
+    arguments: Arguments,
+    command: Sequence[str],
+    folder: Path,
+    file: Path,
+    state: dict[str, Any],
+    config: Config,
+    device: torch.device,
+) -> int:
     data = load_data(config, device)
     if data.fingerprint != state["fingerprint"]:
         raise UserError(
@@ -93,30 +125,36 @@ def _train(
     command: Sequence[str],
     data: DataSplits,
     run: RunState,
-    folder: Path,
+    folder: Path | None,
 ) -> int:
+    """Runs the recipe. Only the first rank writes; the others may not even know the folder."""
     announce(f"run folder: {folder}")
-    with lock(folder), StopRequest() as stop:
-        origin = None if config.run.resume else arguments.origin
-        facts = environment_facts(run.network.device)
-        again = config_to_yaml(replace(config, run=replace(config.run, resume=None)), origin)  # trains, not resumes
-        write_facts(folder, config_yaml=again, command=["python", *command], environment=facts)
-        reporter = Reporter(folder, config, data, run.epoch)
+    writes = rank() == 0
+    with lock(folder) if writes else nullcontext(), StopRequest(second_ends=num_ranks() == 1) as stop:
+        if writes:
+            origin = None if config.run.resume else arguments.origin
+            facts = environment_facts(run.network.device) | {"ranks": num_ranks()}
+            again = config_to_yaml(replace(config, run=replace(config.run, resume=None)), origin)  # trains, not resumes
+            write_facts(folder, config_yaml=again, command=[*starter(config), *command], environment=facts)
+        reporter = Reporter(folder, config, data, run.epoch) if writes else SilentReporter(config)
         try:
             Recipe(config, data, run, reporter, stop).execute()
         except Stopped:
             reporter.save(run)
-            how = f"python main.py --resume {shlex.quote(str(folder))}"
+            how = shlex.join([*starter(config), "main.py", "--resume", str(folder)])
             announce(f"stopped after step {run.step} of epoch {run.epoch + 1}, saved; go on with: {how}")
-            return stop.exit_code
+            code = stop.exit_code
         except Diverged as error:
             announce(f"error: {error}")
-            return DIVERGED
+            code = DIVERGED
         else:
-            print_result(reporter.finish(run), config)
-            return 1 if reporter.save_failed else 0
+            if writes:
+                print_result(reporter.finish(run), config)
+            code = 1 if reporter.save_failed else 0
         finally:
             reporter.close()
+        wait_for_all()  # the first rank that ends with an error code has the others killed
+        return code
 
 
 def _evaluate(config: Config, data: DataSplits, run: RunState, state: dict[str, Any], file: Path) -> int:
@@ -146,57 +184,36 @@ def _dry_run(config: Config, data: DataSplits, run: RunState) -> int:
     steps = data.train.num_train_batches(recipe.batch_size)
     images, labels = next(data.train.train_batches(recipe.batch_size, config.run.seed, run.epoch))
     metrics = recipe.step(images, labels, recipe.settings(run.step, steps))
+    loss = float(metrics["loss"]) / recipe.batch_size
     subnet = recipe.current_subnet(config.sparsity.keep_ratio)
     first = data.test.subset(torch.arange(min(len(data.test), config.train.batch_size)))
     recipe.evaluate_on(subnet, first)
-    loss = float(metrics["loss"]) / len(labels)
-    print(f"dry run: one step of {len(labels)} images, loss {loss:.3f}; everything was built, nothing written")
+    print(f"dry run: one step of {recipe.batch_size} images, loss {loss:.3f}; everything was built, nothing written")
     return 0
-
-
-def find_device(config: Config) -> torch.device:
-    """The device to train on. `multigpu` without a GPU falls back to the CPU and says so.
-
-    Raises: UserError for a GPU that is not there.
-    """
-    wanted, count = config.run.device, torch.cuda.device_count()
-    if config.run.multigpu is not None:
-        if count == 0:
-            announce(f"--multigpu {config.run.multigpu}: no CUDA GPU here, training on the CPU instead")
-            return torch.device("cpu")
-        wanted = f"cuda:{config.run.multigpu}"
-    if wanted == "auto":
-        wanted = "cuda:0" if count else "cpu"
-    if wanted == "cpu":
-        return torch.device("cpu")
-    device = torch.device(wanted if ":" in wanted else "cuda:0")
-    if device.index >= count:
-        there = f"this machine has {count}: cuda:0 to cuda:{count - 1}" if count else "this machine has no CUDA GPU"
-        raise UserError(f"device {device} does not exist, {there}; pass --device cpu or another id")
-    return device
 
 
 def load_data(config: Config, device: torch.device) -> DataSplits:
     """The images, in the memory layout that is fast for convolutions."""
     settings = config.data
-    data = build_data(
-        settings.set,
-        settings.data,
-        holdout=settings.holdout,
-        image_size=settings.image_size,
-        workers=settings.workers,
-        device=device,
-    )
+    with first_on_each_machine(settings.set not in ("ImageFolder", "ImageNet")):  # other sets may have to be fetched
+        data = build_data(
+            settings.set,
+            settings.data,
+            holdout=settings.holdout,
+            train_images=settings.train_images,
+            image_size=settings.image_size,
+            workers=settings.workers,
+            bad_images=settings.bad_images,
+            device=device,
+        )
+    check_equal({f"the images of {settings.set}": torch.tensor(int(data.fingerprint, 16))}, "before the first step")
     for part in (data.train, data.holdout, data.test):
         part.channels_last = True
-    for what, size in (("batch_size", config.train.batch_size), ("finetune_batch_size", _finetune_batch(config))):
+        part.rank, part.num_ranks = rank(), num_ranks()
+    for what, size in (("batch_size", config.train.batch_size), ("finetune_batch_size", finetune_batch(config))):
         if size > len(data.train):
             raise UserError(f"{what} is {size}, but there are only {len(data.train)} training images; lower it")
     return data
-
-
-def _finetune_batch(config: Config) -> int:
-    return config.finetune.finetune_batch_size if config.finetune.finetune else 0
 
 
 def _kept(config: Config) -> float:
@@ -216,14 +233,27 @@ def describe(config: Config, data: DataSplits, run: RunState) -> None:
         f"data: {config.data.set}, {len(data.train):,} training, {len(data.holdout):,} held-out and "
         f"{len(data.test):,} test images, {data.num_classes} classes, {data.image_size}x{data.image_size}"
     )
+    if num_ranks() > 1:
+        part, rest = divmod(config.train.batch_size, num_ranks())
+        sizes = f"{part} or {part + 1}" if rest else f"{part}"
+        masks = {"shared": "the same masks", "independent": "masks of its own"}[config.sparsity.rank_masks]
+        draws = run.search is not None and run.search.draw is not None
+        announce(
+            f"batch size {config.train.batch_size}: {num_ranks()} ranks x {sizes}"
+            + (f", each with {masks}" if draws else "")
+        )
     size = f"{network.dense_parameters / 1e6:.2f} M parameters, {network.dense_macs / 1e6:.1f} M multiply-adds"
     announce(f"network: {config.model.arch}, dense {size}")
     if network.num_units:
-        kept = config.sparsity.keep_ratio
-        announce(
-            f"keeping {100 * kept:g} % of {network.num_units:,} units in {len(network.layers)} layers "
-            f"(at most {kept * network.num_units:,.0f} expected); {config.sparsity.execution} execution"
-        )
+        kept, counted = config.sparsity.keep_ratio, config.sparsity.budget
+        units = f"{network.num_units:,} units in {len(network.layers)} layers"
+        if counted == "channels":
+            budget = f"{units} (at most {kept * network.num_units:,.0f} expected)"
+        else:
+            most = kept * network.expected_cost(counted).dense / 1e6
+            what = {"params": "parameters", "flops": "multiply-adds"}[counted]
+            budget = f"the {what} (at most {most:,.2f} M expected), choosing among {units}"
+        announce(f"{config.method}: keeping {100 * kept:g} % of {budget}; {config.sparsity.execution} execution")
 
 
 def print_result(summary: dict[str, Any], config: Config) -> None:

@@ -5,22 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from args import Config, config_to_dict
 from data import DataSplits
 from models import build_model
-from trainers.default import Draw, SearchState, draw_masks, num_masks
+from trainers.default import SearchState, draw_masks, num_drawing_ranks, num_masks, stored_draw
+from trainers.methods import method_of
+from trainers.methods.base import check_budget
+from trainers.streams import COIN_STREAM, MASK_STREAM, stream_seed
+from utils.budget import constant_score
 from utils.checkpoint import generator_states, restore_generators
 from utils.errors import UserError
 from utils.metrics import CostLedger, MetricSums
 from utils.network import SparseNetwork
+from utils.optimizer import FusedSGD
+from utils.plan import Plan
 from utils.pretrained import load_pretrained
 from utils.retirement import store_only
 from utils.subnet import Subnet
-
-MASK_STREAM, CANDIDATE_STREAM = 1, 2  # independent random streams of one seed
 
 
 @dataclass
@@ -38,10 +42,10 @@ class RunState:
     """The run between two steps.
 
     Attributes:
-        phase: "search", "finetune", "dense" or "done".
+        phase: "search", "finetune", "done"; of methods without a search "dense" or "train" instead of the first two.
         epoch: finished epochs of all phases.
         step: finished steps of the epoch under way.
-        subnet: the fixed subnet that is fine-tuned; None during the search.
+        subnet: the fixed subnet that is trained; None during a search and for a dense network.
         sums, epoch_cost, epoch_seconds: training metrics, arithmetic and time of the epoch under way.
         train_seconds: time of the training steps of all finished epochs.
         seconds: time of everything else (choosing, evaluating).
@@ -64,6 +68,11 @@ class RunState:
     seconds: float = 0.0
     choice: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def fixed_plan(self) -> Plan:
+        """What ordinary steps train: the fixed subnet, else the whole network."""
+        return self.network.dense_plan if self.subnet is None else self.network.plan(self.subnet.mask_U)
+
     def start_finetuning(self, config: Config, subnet: Subnet) -> None:
         """Fixes the subnet: its batch-norm statistics become the network's, its weights get a fresh optimizer."""
         self.phase, self.subnet, self.search = "finetune", subnet, None
@@ -71,6 +80,19 @@ class RunState:
             norm.running_mean.copy_(subnet.statistics[name][0])
             norm.running_var.copy_(subnet.statistics[name][1])
         self.weight_optimizer = make_weight_optimizer(self.network, config, config.finetune.finetune_lr)
+
+    def replicated(self) -> dict[str, Tensor]:
+        """What is the same on all ranks, by name: weights, statistics, scores, state of the optimizers, masks."""
+        tensors, optimizers = dict(self.network.model.state_dict()), [self.weight_optimizer]
+        if self.search is not None:
+            optimizers.append(self.search.score_optimizer)
+            if self.search.draw is not None:
+                tensors["masks"] = self.search.draw.drawn
+        for optimizer in optimizers:
+            for number, state in optimizer.state_dict()["state"].items():
+                named = {f"{key} {number} of {type(optimizer).__name__}": value for key, value in state.items()}
+                tensors |= {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        return tensors
 
     def model_state(self, config: Config, fingerprint: str) -> dict[str, Any]:
         """What evaluation needs, whatever else a checkpoint holds."""
@@ -101,11 +123,14 @@ class RunState:
         if self.search is not None:
             state["search"] = {
                 "score_optimizer": self.search.score_optimizer.state_dict(),
-                "generators": generator_states({"masks": self.search.generator}),
-                "masks": self.search.draw.masks_KU,
-                "pass_masks": torch.from_numpy(np.stack([plan.mask_U for plan in self.search.draw.plans])),
+                "generators": generator_states(self.search_generators()),
+                "masks": self.search.draw and self.search.draw.drawn,
             }
         return state
+
+    def search_generators(self) -> dict[str, torch.Generator]:
+        named = {"masks": self.search.generator, "coin": self.search.coin}
+        return {name: generator for name, generator in named.items() if generator is not None}
 
     def load_state_dict(self, state: dict[str, Any], config: Config) -> None:
         device = self.network.device
@@ -129,9 +154,14 @@ class RunState:
             return
         search = state["search"]
         self.search.score_optimizer.load_state_dict(search["score_optimizer"])
-        restore_generators({"masks": self.search.generator}, search["generators"])
-        plans = [self.network.plan(mask_U) for mask_U in search["pass_masks"].numpy()]
-        self.search.draw = Draw(search["masks"].to(device), plans)
+        restore_generators(self.search_generators(), search["generators"])
+        if self.search.draw is None:
+            return
+        count, drawing = num_masks(config.sparsity), num_drawing_ranks(config.sparsity)
+        if len(search["masks"]) == drawing * count:
+            self.search.draw = stored_draw(self.network, search["masks"].to(device), count)
+        else:  # each rank drew masks of its own, and now there are more ranks or fewer
+            self.search.draw = draw_masks(self.network, self.search.generator, count, drawing)
 
 
 def load_model_state(network: SparseNetwork, state: dict[str, Any]) -> None:
@@ -140,14 +170,13 @@ def load_model_state(network: SparseNetwork, state: dict[str, Any]) -> None:
     network.model.load_state_dict(state["model"])
 
 
-def make_weight_optimizer(network: SparseNetwork, config: Config, learning_rate: float) -> torch.optim.SGD:
-    return torch.optim.SGD(
+def make_weight_optimizer(network: SparseNetwork, config: Config, learning_rate: float) -> FusedSGD:
+    return FusedSGD(
         network.weight_parameters(),
         lr=learning_rate,
         momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
         nesterov=config.train.nesterov,
-        fused=True,  # one kernel for all tensors, on CPU and CUDA alike
     )
 
 
@@ -160,7 +189,7 @@ def make_score_optimizer(network: SparseNetwork, config: Config) -> torch.optim.
 def make_network(config: Config, data: DataSplits, device: torch.device) -> SparseNetwork:
     """The network with its first weights, which depend on the seed alone."""
     torch.manual_seed(config.run.seed)
-    model = build_model(config.model, config.sparsity.score_init, data.num_classes, data.channels)
+    model = build_model(config.model, config.sparsity.score_init, data.num_classes, data.channels, data.image_size)
     if config.model.pretrained is not None:
         load_pretrained(model, config.model.pretrained)
     model = model.to(device, memory_format=torch.channels_last)
@@ -175,23 +204,60 @@ def make_network(config: Config, data: DataSplits, device: torch.device) -> Spar
         ) from error
 
 
+def start_within_budget(network: SparseNetwork, config: Config) -> None:
+    """Sets the first scores where they depend on the network: a budget of params or flops.
+
+    Raises: UserError for a budget that no subnet meets, or first scores that exceed it.
+    """
+    check_budget(network, config)
+    sparsity = config.sparsity
+    cost = network.expected_cost(sparsity.budget)
+    budget = sparsity.keep_ratio * cost.dense
+    if sparsity.budget_schedule == "cubic":  # starts with a budget of everything
+        return
+    largest = constant_score(cost, budget)
+    if sparsity.score_init_constant is None:
+        network.scores.data.fill_(largest)
+    elif sparsity.score_init_constant > largest:
+        raise UserError(
+            f"score_init_constant {sparsity.score_init_constant:g} would overspend the budget, keep_ratio "
+            f"{sparsity.keep_ratio:g} of the {sparsity.budget}; pass --score-init-constant {0.999 * largest:.4g} or "
+            "less, leave it out, or pass --budget-schedule cubic"
+        )
+
+
 def new_run(config: Config, data: DataSplits, device: torch.device) -> RunState:
     """A run before its first step."""
     network = make_network(config, data, device)
-    weight_optimizer = make_weight_optimizer(network, config, config.train.weight_lr)
-    if network.num_units == 0:
-        return RunState(network, weight_optimizer, search=None, phase="dense")
-    generator = torch.Generator(device).manual_seed(stream_seed(config.run.seed, MASK_STREAM))
-    search = SearchState(
-        network=network,
-        weight_optimizer=weight_optimizer,
-        score_optimizer=make_score_optimizer(network, config),
-        generator=generator,
-        draw=draw_masks(network, generator, num_masks(config.sparsity)),
+    method = method_of(config)
+    first_mask_U = method.start(network, config)
+    run = RunState(
+        network,
+        make_weight_optimizer(network, config, config.train.weight_lr),
+        search=None,
+        phase=method.first_phase,
+        subnet=None if first_mask_U is None else Subnet(first_mask_U, statistics={}),
     )
-    return RunState(network, weight_optimizer, search, phase="search")
+    if method.has_scores:
+        run.search = new_search(run, config)
+    return run
 
 
-def stream_seed(seed: int, stream: int) -> int:
-    """A seed for one purpose; SeedSequence keeps the streams of neighbouring seeds apart."""
-    return int(np.random.SeedSequence(entropy=seed, spawn_key=(stream,)).generate_state(1, np.uint64)[0] >> 1)
+def new_search(run: RunState, config: Config) -> SearchState:
+    """Scores with their optimizer and random streams, and the first draw."""
+    network, method = run.network, method_of(config)
+
+    def generator(stream: int) -> torch.Generator:
+        return torch.Generator(network.device).manual_seed(stream_seed(config.run.seed, stream))
+
+    if config.sparsity.budget != "channels":
+        start_within_budget(network, config)
+    masks, count = generator(MASK_STREAM), num_masks(config.sparsity)
+    return SearchState(
+        network=network,
+        weight_optimizer=run.weight_optimizer,
+        score_optimizer=make_score_optimizer(network, config),
+        generator=masks,
+        draw=draw_masks(network, masks, count, num_drawing_ranks(config.sparsity)) if method.draws_masks else None,
+        coin=generator(COIN_STREAM) if method.tosses else None,
+    )

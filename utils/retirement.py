@@ -29,19 +29,25 @@ def stays_zero(scores_U: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     return zero if moment is None else zero & (moment >= 0)
 
 
-def store_only(network: SparseNetwork, units_U: np.ndarray, optimizer: torch.optim.Optimizer | None = None) -> int:
+def store_only(
+    network: SparseNetwork,
+    units_U: np.ndarray,
+    optimizer: torch.optim.Optimizer | None = None,
+    keep_fallback: bool = True,
+) -> int:
     """Cuts parameters, running statistics and optimizer state down to the channels of some units.
 
-    Compact execution only. The first unit of every vital group stays: it is what the layer guard falls back to when all
-    scores of the group are 0.
+    Compact execution only.
 
     Args:
         units_U: (U,) bool, the units to keep; those that were cut before stay cut.
         optimizer: of the weights; its state per parameter is cut alike.
+        keep_fallback: also keep the first unit of every vital group: it is what the layer guard falls back to when all
+            scores of the group are 0. Off for a mask with a unit of each, if it is the only one to run from now on.
     Returns: how many units were cut.
     """
     keep_U = units_U & network.stored_units
-    for group in network.graph.vital_groups:
+    for group in network.graph.vital_groups if keep_fallback else ():
         keep_U[group[0]] = network.stored_units[group[0]]
     num_cut = int((network.stored_units & ~keep_U).sum())
     if num_cut == 0:

@@ -1,0 +1,125 @@
+"""Methods that train the dense network, prune it once and fine-tune what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from args import Config
+from trainers.methods.base import Method, best_units, check_budget
+from trainers.methods.uniform import uniform_mask
+from utils.errors import UserError
+from utils.network import SparseNetwork
+
+if TYPE_CHECKING:
+    from trainers.state import RunState
+
+
+@dataclass(frozen=True)
+class FilterNorm(Method):
+    """Keeps the filters of largest norm in each layer, the same fraction everywhere.
+
+    Source: Li, Kadav, Durdanovic, Samet, Graf, "Pruning Filters for Efficient ConvNets", ICLR 2017 (power 1).
+    """
+
+    power: int = 1
+
+    def start(self, network: SparseNetwork, config: Config) -> None:
+        uniform_mask(network, np.zeros(network.num_units), config)  # a budget that is too small is refused now
+
+    def mask(self, network: SparseNetwork, config: Config, fraction: float) -> np.ndarray:
+        return uniform_mask(network, filter_norms(network, self.power).cpu().numpy(), config)
+
+
+@dataclass(frozen=True)
+class SoftPruning(FilterNorm):
+    """After every epoch the filters that would be pruned are set to zero, and go on being trained.
+
+    Source: He, Kang, Dong, Fu, Yang, "Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks",
+        IJCAI 2018.
+    """
+
+    power: int = 2
+
+    def end_of_epoch(self, run: RunState, config: Config) -> None:
+        dropped_U = torch.from_numpy(~self.mask(run.network, config, config.sparsity.keep_ratio))
+        for layer, dropped in zip(run.network.layers.values(), run.network.split(dropped_U), strict=True):
+            layer.weight.data[dropped.to(layer.weight.device)] = 0
+
+
+def filter_norms(network: SparseNetwork, power: int) -> Tensor:
+    """The norm of what each unit's filters hold, over all layers that share it: (U,) float64."""
+    sums_U = torch.zeros(network.num_units, dtype=torch.float64, device=network.device)
+    for layer, part in zip(network.layers.values(), network.split(sums_U), strict=True):
+        part += layer.weight.detach().double().abs().pow(power).sum((1, 2, 3))
+    return sums_U ** (1 / power)
+
+
+class Slimming(Method):
+    """An L1 penalty on the scales of batch-norm while training; one threshold on them for all layers.
+
+    Where the batch-norm stands before the convolutions (pre-activation), a unit is judged by the first that reads it.
+
+    Source: Liu, Li, Shen, Huang, Yan, Zhang, "Learning Efficient Convolutional Networks through Network Slimming",
+        ICCV 2017.
+    """
+
+    def start(self, network: SparseNetwork, config: Config) -> None:
+        check_budget(network, config)
+        judging_norms(network)
+
+    def penalty(self, config: Config) -> Callable[[SparseNetwork], None]:
+        return partial(add_scale_penalty, penalty=config.sparsity.slimming_penalty)
+
+    def mask(self, network: SparseNetwork, config: Config, fraction: float) -> np.ndarray:
+        scales_U = batch_norm_scales(network).cpu().numpy()
+        return best_units(network, scales_U, scales_U, config.sparsity, fraction)
+
+
+def add_scale_penalty(network: SparseNetwork, penalty: float) -> None:
+    """Adds the gradient of penalty * sum |gamma| over all batch-norms."""
+    for norm in network.batch_norms().values():
+        norm.weight.grad.add_(norm.weight.detach().sign(), alpha=penalty)
+
+
+def batch_norm_scales(network: SparseNetwork) -> Tensor:
+    """|gamma| of the batch-norm that judges each unit, the mean over layers that share it: (U,) float64."""
+    sums_U = torch.zeros(network.num_units, dtype=torch.float64, device=network.device)
+    layers_U = torch.zeros_like(sums_U)
+    for name, (norm, first_channel) in judging_norms(network).items():
+        width = network.layers[name].out_channels
+        units = slice(network.graph.first_unit[name], network.graph.first_unit[name] + width)
+        sums_U[units] += norm.weight.detach().double().abs()[first_channel : first_channel + width]
+        layers_U[units] += 1
+    return sums_U / layers_U
+
+
+def judging_norms(network: SparseNetwork) -> dict[str, tuple[nn.BatchNorm2d, int]]:
+    """For every maskable layer the first batch-norm behind it, and where its channels begin there.
+
+    Raises: UserError for a layer whose channels no batch-norm reads.
+    """
+    norms = {}
+    graph = network.graph
+    for name, layer in network.layers.items():
+        reached = []
+        for op in graph.ops:
+            carried = op.kind not in ("conv", "linear") and any(reached[i] for i in op.inputs)
+            reached.append(op.module is layer or carried)
+            if carried and op.kind == "norm":
+                segments = graph.spaces[op.space].segments
+                place = [graph.first_unit[name] in segment.writers for segment in segments].index(True)
+                norms[name] = op.module, sum(segment.width for segment in segments[:place])
+                break
+        else:
+            raise UserError(
+                f"method slimming cannot judge the channels of layer {name}: no batch-norm reads them; pass another "
+                "--method or --arch"
+            )
+    return norms

@@ -1,0 +1,66 @@
+"""Methods without a search: one network from the first step to the last, in one schedule."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from args import Config
+from models import initialise
+from trainers.methods.base import Method, best_units, check_budget
+from trainers.methods.uniform import uniform_mask
+from trainers.streams import RANDOM_MASK_STREAM, stream_seed
+from utils.network import SparseNetwork
+from utils.retirement import store_only
+
+
+class Dense(Method):
+    """The plain network."""
+
+    first_phase = "dense"
+
+
+class Thin(Method):
+    """Every layer keeps its first channels, equally many in a residual stream: an ordinary narrower network."""
+
+    first_phase = "train"
+
+    def start(self, network: SparseNetwork, config: Config) -> np.ndarray:
+        mask_U = network.plan(self.first_mask(network, config)).mask_U  # with what the layer guard adds
+        store_only(network, mask_U, keep_fallback=False)
+        draw_weights(network.model, config)
+        return mask_U
+
+    def first_mask(self, network: SparseNetwork, config: Config) -> np.ndarray:
+        return uniform_mask(network, np.zeros(network.num_units), config)
+
+
+class RandomMask(Thin):
+    """Units chosen uniformly at random within the budget, before the first step."""
+
+    def first_mask(self, network: SparseNetwork, config: Config) -> np.ndarray:
+        check_budget(network, config)
+        random = np.random.default_rng(stream_seed(config.run.seed, RANDOM_MASK_STREAM))
+        values_U = 1 - random.random(network.num_units)  # never 0, which is never kept
+        return best_units(network, values_U, values_U, config.sparsity, config.sparsity.keep_ratio)
+
+
+def draw_weights(model: nn.Module, config: Config) -> None:
+    """Draws all weights again, by the rules and in the order of a network that is built with the shapes they have now.
+
+    On the CPU, like the first ones, so they are the same on every device.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    layers = [layer for layer in layers if layer.weight.numel()]  # others read or write nothing
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    in_place = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = torch.empty(parameter.shape)
+    torch.manual_seed(config.run.seed)
+    for layer in layers:
+        layer.reset_parameters()
+    for layer in layers:
+        initialise(layer, config.model.init, config.model.mode, config.model.nonlinearity)
+    for parameter, data in zip(parameters, in_place, strict=True):
+        parameter.data = data.copy_(parameter.data)

@@ -1,0 +1,12 @@
+"""Independent random streams of one seed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+MASK_STREAM, CANDIDATE_STREAM, COIN_STREAM, RANDOM_MASK_STREAM = 1, 2, 3, 4
+
+
+def stream_seed(seed: int, stream: int) -> int:
+    """A seed for one purpose; SeedSequence keeps the streams of neighbouring seeds apart."""
+    return int(np.random.SeedSequence(entropy=seed, spawn_key=(stream,)).generate_state(1, np.uint64)[0] >> 1)
