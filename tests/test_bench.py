@@ -120,9 +120,9 @@ def test_thin_rounds_its_widths_up_but_not_beyond_the_full_network():
         assert widths == expected
 
 
-@pytest.mark.parametrize(("score_every", "forwards"), [(1, 2), (3, 4)])
-def test_thin_runs_as_many_forwards_as_compact_and_one_backward_a_step(score_every, forwards):
-    case = make_case(arch="resnet20", score_every=score_every)
+@pytest.mark.parametrize(("score_every", "subbatch", "forwards"), [(1, 0, 2), (3, 0, 4), (1, 4, 2), (3, 4, 4)])
+def test_thin_runs_as_many_forwards_as_compact_and_one_backward_a_step(score_every, subbatch, forwards, monkeypatch):
+    case = make_case(arch="resnet20", score_every=score_every, subbatch=subbatch)
     trial = bench.Bench(case, CPU)
     network = trial.search().network
     thin, step = trial.thin(network, trial.typical_counts(network), 1)
@@ -135,8 +135,13 @@ def test_thin_runs_as_many_forwards_as_compact_and_one_backward_a_step(score_eve
     assert all(not torch.equal(before[name], value) for name, value in thin.named_parameters() if value.dim() > 1)
 
     search, executed = trial.search(), []
+    images, run = [], SparseNetwork.__call__
+    monkeypatch.setattr(SparseNetwork, "__call__", lambda self, x, *rest, **by_name: (
+        images.append(len(x)) or run(self, x, *rest, **by_name)
+    ))  # fmt: skip
     trial.compact(search, executed)()
-    assert len(executed) == forwards
+    assert sum(images) == forwards * case.config.train.batch_size
+    assert len(executed) == forwards - (subbatch > 0)
 
 
 def test_dense_is_the_plain_network():

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from trainers.retirement import retire
 from trainers.session import find_device
 from trainers.state import make_weight_optimizer, new_run
 from utils import checkpoint
+from utils.command_line import ToolParser
 from utils.config_parser import METAVARS, Given, Option, convert
 from utils.errors import UserError
 from utils.network import SparseNetwork
@@ -97,7 +98,7 @@ OWN_OPTIONS = (
            "checkpoint or run folder, which also gives arch, width_mult, keep_ratio and stream"),
 )  # fmt: skip
 TAKEN_FROM_TRAINING = (
-    *("arch", "keep_ratio", "batch_size", "precision", "device", "stream", "width_mult", "score_every"),
+    *("arch", "keep_ratio", "batch_size", "precision", "device", "stream", "width_mult", "score_every", "subbatch"),
 )
 OPTIONS = {key: TRAINING_OPTIONS[key] for key in TAKEN_FROM_TRAINING} | {option.key: option for option in OWN_OPTIONS}
 REPEATS = Option("repeats", "", int, False, 7, "steps that are timed", within="[1, 10000]")
@@ -107,21 +108,15 @@ FROM_CHECKPOINT = ("arch", "keep_ratio", "width_mult", "stream")
 VARIANTS = ("dense", "compact", *(f"thin{rounding}" for rounding in ROUNDINGS))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; --help lists every option")
-
-
 def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     """All options, each value checked; `--help` prints and exits with code 0.
 
     Raises: UserError for every mistake.
     """
-    parser = _Parser(
-        prog="python -m utils.bench",
-        description="Times a training step: dense, thin and compact. Options with dots take several values; "
+    parser = ToolParser(
+        "utils.bench",
+        "Times a training step: dense, thin and compact. Options with dots take several values; "
         "every combination is timed.",
-        allow_abbrev=False,
     )
     for option in (*OPTIONS.values(), REPEATS):
         parser.add_argument(
@@ -184,6 +179,7 @@ def make_case(
     stream: str,
     width_mult: float,
     score_every: int,
+    subbatch: int,
     input_size: int,
     num_classes: int,
     scores: str,
@@ -197,7 +193,7 @@ def make_case(
     config = Config(
         run=RunConfig(device=device),
         model=model,
-        sparsity=SparsityConfig(keep_ratio=keep_ratio, stream=stream, score_every=score_every),
+        sparsity=SparsityConfig(keep_ratio=keep_ratio, stream=stream, score_every=score_every, subbatch=subbatch),
         train=TrainConfig(batch_size=batch_size, precision=precision),
     )
     return Case(config, Shapes(input_size, num_classes), scores)
@@ -216,6 +212,7 @@ def values_of(case: Case) -> dict[str, Any]:
         "scores": case.scores,
         "width_mult": config.model.width_mult,
         "score_every": config.sparsity.score_every,
+        "subbatch": config.sparsity.subbatch,
         "input_size": case.shapes.image_size,
         "num_classes": case.shapes.num_classes,
     }
@@ -361,7 +358,8 @@ class Bench:
 
         def step() -> None:
             for i in range(self.num_steps):
-                for _ in range(num_full_passes(config.sparsity, update_scores=i == 0) - 1):
+                in_parts = i == 0 and config.sparsity.subbatch > 0  # all parts together are one more pass
+                for _ in range(num_full_passes(config.sparsity, update_scores=i == 0) - 1 + in_parts):
                     with torch.no_grad():
                         forward_loss(thin, None, self.images, self.labels, config.train, update_statistics=False)
                 weight_step(thin, optimizer, None, self.images, self.labels, self.settings(i), config)
@@ -555,6 +553,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "stream": row["stream"],
         "scores": row["scores"] if row["scores"] in MADE_SCORES else Path(row["scores"]).name,
         "score every": str(row["score_every"]),
+        "subbatch": str(row["subbatch"]),
         **{f"{name} ms": milliseconds(name) for name in NETWORKS},
         "thin widths": "as drawn" if rounding == 1 else f"x{rounding}",
         "compact images/s": f"{row['images_per_second']:.0f}",

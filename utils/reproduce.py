@@ -11,8 +11,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from utils.command_line import ToolParser
 from utils.config_parser import nearest
 from utils.errors import UserError
 from utils.progress import announce
@@ -25,20 +25,14 @@ PROGRAM = (sys.executable, str(Path(__file__).resolve().parent.parent / "main.py
 RUNS_FOLDER, RESULTS_FOLDER = Path("runs/tables"), Path("results")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; --help lists every option")
-
-
 def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     """All options; `--help` prints and exits with code 0.
 
     Raises: UserError for every mistake.
     """
-    parser = _Parser(
-        prog="python -m utils.reproduce",
-        description="Makes the missing runs of a table and writes results/NAME.md and results/NAME.csv.",
-        allow_abbrev=False,
+    parser = ToolParser(
+        "utils.reproduce",
+        "Makes the missing runs of a table and writes results/NAME.md and results/NAME.csv.",
     )
     parser.add_argument("table", metavar="TABLE.yaml", help="the table, such as configs/tables/small.yaml")
     parser.add_argument("--runs", type=Path, metavar="PATH", help="folder of its runs (default: runs/tables/NAME)")

@@ -1,0 +1,18 @@
+"""The command lines of the tools beside `main.py`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from utils.errors import UserError
+
+
+class ToolParser(argparse.ArgumentParser):
+    """Takes no abbreviations, and tells a mistake as a UserError."""
+
+    def __init__(self, module: str, description: str) -> None:
+        super().__init__(prog=f"python -m {module}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; --help lists every option")
