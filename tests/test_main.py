@@ -254,6 +254,14 @@ def test_pretrained_weights_start_a_run_and_misfits_are_named(program, capsys):
     assert "--pretrained nowhere.pt: there is no such file" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_without_the_file_that_its_weights_once_came_from(program, tmp_path):
+    assert program("--conv-type", "DenseConv", "--epochs", "1") == 0
+    weights = (folder_of(kept="1") / "checkpoints/best.pt").rename(tmp_path / "weights.pt")
+    assert program("--pretrained", str(weights), "--epochs", "1", "--no-finetune", name="second") == 0
+    weights.unlink()
+    assert main(["--evaluate", "--resume", str(folder_of("second"))]) == 0
+
+
 def test_the_original_command_without_data_or_network_says_what_to_do(tmp_path, monkeypatch, capsys):
     def refuse(*_args, **_kwargs):
         raise OSError("no network in tests")

@@ -104,7 +104,8 @@ def _go_on(
             f"the images under --data {config.data.data} are not those that {file} was trained on (fingerprint "
             f"{data.fingerprint} instead of {state['fingerprint']}); point --data at the same files"
         )
-    run = new_run(config, data, device)
+    fresh = replace(config, model=replace(config.model, pretrained=None))  # all weights come from the checkpoint
+    run = new_run(fresh, data, device)
     if config.run.evaluate:
         return _evaluate(config, data, run, state, file)
     if "weight_optimizer" not in state:
