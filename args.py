@@ -31,6 +31,9 @@ ARCHS = (
     *("resnet18", "resnet34", "resnet50", "resnet101"),
 )
 METHODS = ("vrpge", "dense", "thin", "random", "coin", "l1", "slimming", "sfp", "gumbel")
+ESTIMATORS = ("vrpge", "reinforce", "disarm", "shrinkage", "linear_cv", "linear_cv_disarm", "subbatch")
+PAIR_ESTIMATORS = ("disarm", "linear_cv_disarm")  # two masks a step
+LEARNING_ESTIMATORS = ("shrinkage", "linear_cv", "linear_cv_disarm")  # with memory of earlier steps
 ONE_PHASE = ("dense", "thin", "random")  # methods without a search: one schedule over all epochs
 INITS = ("kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal")
 NOT_A_PERCENTAGE = "it is a fraction, not a percentage"
@@ -175,6 +178,11 @@ class SparsityConfig:
     K: int = option(2, "masks drawn a step", within="[2, 64]")
     weight_samples: int = option(1, "how many of the K masks feed the weight gradient; at most K", within="[1, 64]")
     alpha: float = option(0.5, "exponent of the estimator's preconditioner", within="[0.5, 1)")
+    estimator: str = option(
+        "vrpge",
+        "how the gradient of the scores is estimated, see docs/estimators.md; subbatch is asked for by --subbatch N",
+        choices=ESTIMATORS,
+    )
     constrain_by_layer: bool = option(False, "a budget per layer instead of one for all")
     semantics: str = option(
         "unit",
@@ -339,7 +347,7 @@ MASKING_KEYS = {field.name for group in (SparsityConfig, FinetuneConfig) for fie
 MASKING_KEYS -= {"method", "finetune", "finetune_epochs"}  # the last two say for how many epochs it trains
 
 # What trains scores and chooses among subnets drawn from them.
-POLICY_KEYS = {"K", "weight_samples", "alpha", "score_every", "subbatch", "rank_masks"}
+POLICY_KEYS = {"K", "weight_samples", "alpha", "estimator", "score_every", "subbatch", "rank_masks"}
 SCORE_KEYS = POLICY_KEYS | {
     *("score_init_constant", "budget_schedule", "budget_start", "budget_end", "num_subnets"),
     *("sample_from_training_set", "optimizer", "score_lr", "clip_jointly"),
@@ -375,16 +383,17 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     Raises: UserError for every mistake. `--help` prints and exits with code 0.
     """
     command_line = CommandLine(Config, "python main.py [--config FILE.yaml] [options]", DESCRIPTION)
-    flags = _dense_by_both_names(resolve(OPTIONS, command_line.read(sys.argv[1:] if argv is None else argv)))
+    written = resolve(OPTIONS, command_line.read(sys.argv[1:] if argv is None else argv))
+    flags = _by_both_names(written)
     path = flags["config"].value if "config" in flags else None
-    file = _dense_by_both_names(resolve(OPTIONS, read_yaml(path))) if path else {}
+    file = _by_both_names(resolve(OPTIONS, read_yaml(path))) if path else {}
 
     given = {**file, **flags}
     origin = {key: "command line" if key in flags else "file" if key in file else "default" for key in OPTIONS}
     config = assemble(Config, {key: setting.value for key, setting in given.items()})
     if config.run.resume is None:
         check_together(config, {key: setting.where for key, setting in given.items()})
-        check_effect(config, flags)
+        check_effect(config, written)
     return Arguments(config, origin)
 
 
@@ -395,14 +404,20 @@ def config_from_dict(flat: Mapping[str, object], where: str) -> Config:
         flat: plain Python values by key, as `config_to_dict` returns them.
         where: what messages call the dictionary, such as the path of a checkpoint.
     """
-    settings = _dense_by_both_names(resolve(OPTIONS, read_dict(flat, where)))
+    settings = _by_both_names(resolve(OPTIONS, read_dict(flat, where)))
     config = assemble(Config, {key: setting.value for key, setting in settings.items()})
     check_together(config, dict.fromkeys(settings, where))
     return config
 
 
-def _dense_by_both_names(given: dict[str, Setting]) -> dict[str, Setting]:
-    """What one place gives, and with `method` the `conv_type` that goes with it, or the other way round."""
+def _by_both_names(given: dict[str, Setting]) -> dict[str, Setting]:
+    """What one place gives, and the other name of what has two.
+
+    With `method` comes the `conv_type` that goes with it, or the other way round; with `subbatch` the estimator.
+    """
+    subbatch = given.get("subbatch")
+    if subbatch and subbatch.value and "estimator" not in given:
+        given = given | {"estimator": Setting("subbatch", subbatch.where)}
     method, conv_type = given.get("method"), given.get("conv_type")
     if method and not conv_type:
         return given | {"conv_type": Setting("DenseConv" if method.value == "dense" else "VRPGE", method.where)}
@@ -478,6 +493,19 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
         )
     if sparsity.weight_samples > sparsity.K:
         raise UserError(f"{told('weight_samples')} is more than {told('K')}: only K masks are drawn; pass at most K")
+    if (sparsity.estimator == "subbatch") != (sparsity.subbatch > 0):
+        raise UserError(
+            f"{told('estimator')} and {told('subbatch')} contradict each other: masks for parts of the batch, one or "
+            "more, are those of estimator subbatch and of no other; pass --subbatch N alone, or --subbatch 0 with "
+            "another estimator"
+        )
+    if sparsity.estimator in PAIR_ESTIMATORS and sparsity.K != 2:
+        raise UserError(f"{told('estimator')} draws masks in pairs, so it needs K 2, got {told('K')}; leave K out")
+    if sparsity.estimator in LEARNING_ESTIMATORS and sparsity.rank_masks != "shared":
+        raise UserError(
+            f"{told('estimator')} learns from losses under masks that all processes share, got {told('rank_masks')}; "
+            "leave one of them out"
+        )
     if sparsity.subbatch and (sparsity.K, sparsity.weight_samples) != (2, 1):
         raise UserError(
             f"{told('subbatch')} needs K 2 and weight_samples 1, got {told('K')} and {told('weight_samples')}: "

@@ -26,7 +26,7 @@ from utils.distributed import (
     rank,
     summed,
 )
-from utils.estimator import subbatch_gradient, vrpge_gradient
+from utils.estimators import ESTIMATORS, Estimator, Memory
 from utils.masks import sample_masks
 from utils.metrics import MetricSums, count_correct
 from utils.network import SparseNetwork
@@ -76,6 +76,7 @@ class SearchState:
         generator: of the masks, on the device of the scores.
         draw: the masks of the next step; None for methods that draw none.
         coin: of the control that tosses which mask gets which loss, on the same device; None: each gets its own.
+        memory: what an estimator that learns knows from earlier steps; None for the others.
     """
 
     network: SparseNetwork
@@ -84,6 +85,7 @@ class SearchState:
     generator: torch.Generator
     draw: Draw | None
     coin: torch.Generator | None = None
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,22 @@ class PendingDraw:
         return Draw(self.masks_KU, [network.plan(mask_U) for mask_U in self.on_host.numpy()], self.of_all_ranks)
 
 
-def start_draw(network: SparseNetwork, generator: torch.Generator, num_masks: int, num_drawing: int = 1) -> PendingDraw:
+def start_draw(
+    network: SparseNetwork,
+    generator: torch.Generator,
+    num_masks: int,
+    num_drawing: int = 1,
+    sample: Callable[[Tensor, torch.Generator, int], Tensor] = sample_masks,
+) -> PendingDraw:
     """Draws from the current scores and sends the masks to the host, without waiting for the device.
 
     Args:
         generator: the same on all ranks.
         num_drawing: how many ranks draw masks of their own, see `num_drawing_ranks`. Each draws those of all and takes
             its part: the generators stay the same, so a checkpoint holds one for all.
+        sample: how the estimator draws, see `Estimator`.
     """
-    drawn = [sample_masks(network.scores, generator, num_masks) for _ in range(num_drawing)]
+    drawn = [sample(network.scores, generator, num_masks) for _ in range(num_drawing)]
     return _send(drawn[rank() if num_drawing > 1 else 0], torch.cat(drawn) if num_drawing > 1 else None)
 
 
@@ -120,9 +129,9 @@ def _send(masks_KU: Tensor, of_all_ranks: Tensor | None) -> PendingDraw:
     return PendingDraw(masks_KU, on_host, arrived, of_all_ranks)
 
 
-def draw_masks(network: SparseNetwork, generator: torch.Generator, num_masks: int, num_drawing: int = 1) -> Draw:
+def draw_masks(network: SparseNetwork, generator: torch.Generator, num_masks: int, *options: Any) -> Draw:
     """Draws from the current scores; arguments as those of `start_draw`."""
-    return start_draw(network, generator, num_masks, num_drawing).finish(network)
+    return start_draw(network, generator, num_masks, *options).finish(network)
 
 
 def stored_draw(network: SparseNetwork, masks: Tensor, num_masks: int) -> Draw:
@@ -137,14 +146,23 @@ def redraw_plans(network: SparseNetwork, draw: Draw) -> Draw:
     return replace(draw, plans=[network.plan(plan.mask_U) for plan in draw.plans])
 
 
-def calculateGrad(scores_U: torch.nn.Parameter, masks_KU: Tensor, losses: Tensor, alpha: float) -> None:
+def calculateGrad(
+    scores_U: torch.nn.Parameter,
+    masks_KU: Tensor,
+    losses: Tensor,
+    alpha: float,
+    estimator: Estimator | None = None,
+    memory: Memory | None = None,
+) -> None:
     """Writes the variance-reduced policy gradient into `scores_U.grad` (see `utils/estimator.py`); no backward.
 
     Args:
         losses: (K,) of the batch under each mask; or (K - 1, 2) of parts of it under the first and one other mask.
+        estimator: another one than VR-PGE.
+        memory: of earlier steps, for an estimator that has one.
     """
-    estimate = vrpge_gradient if losses.dim() == 1 else subbatch_gradient
-    scores_U.grad = estimate(scores_U.detach(), masks_KU, losses.detach(), alpha)
+    estimator = estimator or ESTIMATORS["vrpge" if losses.dim() == 1 else "subbatch"]
+    scores_U.grad = estimator.gradient(scores_U.detach(), masks_KU, losses.detach(), alpha, memory)
 
 
 def project_scores_(network: SparseNetwork, kept_fraction: float, by_layer: bool, budget: str = "channels") -> Tensor:
@@ -204,7 +222,8 @@ def train_step(
         difference = (pairs[:, 0] - pairs[:, 1]).abs().mean()
     elif settings.update_scores:
         losses_K = torch.stack([loss.detach() for loss in losses])
-        losses_K = score_gradient_(scores, draw.masks_KU, losses_K, size, sparsity, state.coin)
+        losses_K = score_gradient_(scores, draw.masks_KU, losses_K, size, sparsity, state.coin, state.memory)
+        state.memory = after_step(state.memory, draw.masks_KU, losses_K, sparsity)
         difference = (losses_K[0] - losses_K[1]).abs()
     else:
         difference = torch.zeros_like(weight_loss)
@@ -216,7 +235,7 @@ def train_step(
     state.score_optimizer.step()  # does nothing where there is no gradient
     v = project_scores_(network, settings.kept_fraction, sparsity.constrain_by_layer, sparsity.budget)
     broadcast_scores_(network)
-    next_draw = start_draw(network, state.generator, num_masks(sparsity), num_drawing_ranks(sparsity))
+    next_draw = start_draw(network, state.generator, *how_to_draw(sparsity))
 
     # weight step: chain rule through the kept channels; a GPU works on it while the host plans the next passes
     if not config.train.clip_jointly:
@@ -241,6 +260,7 @@ def score_gradient_(
     num_images: int,
     sparsity: Any,
     coin: torch.Generator | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """Writes the estimate of a step into `scores_U.grad`, the same on all ranks. Returns the losses that it is made of.
 
@@ -251,11 +271,13 @@ def score_gradient_(
         losses: as those of `calculateGrad`, of this rank's images.
         num_images: what the losses are means of.
         coin: deals the losses out to the masks at random, see `tossed`.
+        memory: of an estimator that has one; the same on all ranks, as such an estimator needs shared masks.
     """
     shared = sparsity.rank_masks == "shared"
     losses = averaged(losses, num_images) if shared else losses
     losses = losses if coin is None else tossed(losses, coin)
-    calculateGrad(scores_U, masks_KU, losses, sparsity.alpha)
+    other = () if sparsity.estimator in ("vrpge", "subbatch") else (ESTIMATORS[sparsity.estimator], memory)
+    calculateGrad(scores_U, masks_KU, losses, sparsity.alpha, *other)
     if not shared:
         scores_U.grad = averaged(scores_U.grad, num_images)
     return losses
@@ -270,6 +292,26 @@ def tossed(losses: Tensor, coin: torch.Generator) -> Tensor:
     """
     order = torch.rand(losses.shape, generator=coin, device=losses.device).argsort(dim=-1)
     return losses.gather(-1, order)
+
+
+def estimator_of(sparsity: Any) -> Estimator:
+    return ESTIMATORS["subbatch" if sparsity.subbatch else sparsity.estimator]
+
+
+def first_memory(scores_U: Tensor, sparsity: Any) -> Memory | None:
+    """What the estimator knows before the first step; None if it never learns."""
+    start = estimator_of(sparsity).start
+    return None if start is None else start(scores_U.detach())
+
+
+def after_step(memory: Memory | None, masks_KU: Tensor, losses_K: Tensor, sparsity: Any) -> Memory | None:
+    """What the estimator knows for the next step: its estimate of this one must not depend on it."""
+    return None if memory is None else estimator_of(sparsity).update(memory, masks_KU, losses_K)
+
+
+def how_to_draw(sparsity: Any) -> tuple[int, int, Callable[[Tensor, torch.Generator, int], Tensor]]:
+    """The arguments of `start_draw` behind the generator."""
+    return num_masks(sparsity), num_drawing_ranks(sparsity), estimator_of(sparsity).sample
 
 
 def num_masks(sparsity: Any) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from args import Config, config_to_dict
 from data import DataSplits
 from models import build_model
-from trainers.default import SearchState, draw_masks, num_drawing_ranks, num_masks, stored_draw
+from trainers.default import SearchState, draw_masks, first_memory, how_to_draw, stored_draw
 from trainers.methods import method_of
 from trainers.methods.base import check_budget
 from trainers.streams import COIN_STREAM, MASK_STREAM, stream_seed
@@ -67,11 +67,17 @@ class RunState:
     train_seconds: float = 0.0
     seconds: float = 0.0
     choice: dict[str, float] = field(default_factory=dict)
+    _fixed: tuple[tuple[Subnet, object], Plan] | None = None  # the last fixed plan, and what it was made from
 
     @property
     def fixed_plan(self) -> Plan:
         """What ordinary steps train: the fixed subnet, else the whole network."""
-        return self.network.dense_plan if self.subnet is None else self.network.plan(self.subnet.mask_U)
+        if self.subnet is None:
+            return self.network.dense_plan
+        made_from = self.subnet, self.network.stored
+        if self._fixed is None or any(one is not other for one, other in zip(self._fixed[0], made_from, strict=True)):
+            self._fixed = made_from, self.network.plan(self.subnet.mask_U)
+        return self._fixed[1]
 
     def start_finetuning(self, config: Config, subnet: Subnet) -> None:
         """Fixes the subnet: its batch-norm statistics become the network's, its weights get a fresh optimizer."""
@@ -88,6 +94,8 @@ class RunState:
             optimizers.append(self.search.score_optimizer)
             if self.search.draw is not None:
                 tensors["masks"] = self.search.draw.drawn
+            if self.search.memory is not None:
+                tensors |= {f"{key} of the estimator": value for key, value in vars(self.search.memory).items()}
         for optimizer in optimizers:
             for number, state in optimizer.state_dict()["state"].items():
                 named = {f"{key} {number} of {type(optimizer).__name__}": value for key, value in state.items()}
@@ -125,6 +133,7 @@ class RunState:
                 "score_optimizer": self.search.score_optimizer.state_dict(),
                 "generators": generator_states(self.search_generators()),
                 "masks": self.search.draw and self.search.draw.drawn,
+                "memory": self.search.memory and dict(vars(self.search.memory)),
             }
         return state
 
@@ -155,13 +164,16 @@ class RunState:
         search = state["search"]
         self.search.score_optimizer.load_state_dict(search["score_optimizer"])
         restore_generators(self.search_generators(), search["generators"])
+        if self.search.memory is not None:
+            memory = {key: value.to(device) for key, value in search["memory"].items()}
+            self.search.memory = type(self.search.memory)(**memory)
         if self.search.draw is None:
             return
-        count, drawing = num_masks(config.sparsity), num_drawing_ranks(config.sparsity)
+        count, drawing, sample = how_to_draw(config.sparsity)
         if len(search["masks"]) == drawing * count:
             self.search.draw = stored_draw(self.network, search["masks"].to(device), count)
         else:  # each rank drew masks of its own, and now there are more ranks or fewer
-            self.search.draw = draw_masks(self.network, self.search.generator, count, drawing)
+            self.search.draw = draw_masks(self.network, self.search.generator, count, drawing, sample)
 
 
 def load_model_state(network: SparseNetwork, state: dict[str, Any]) -> None:
@@ -252,12 +264,13 @@ def new_search(run: RunState, config: Config) -> SearchState:
 
     if config.sparsity.budget != "channels":
         start_within_budget(network, config)
-    masks, count = generator(MASK_STREAM), num_masks(config.sparsity)
+    masks = generator(MASK_STREAM)
     return SearchState(
         network=network,
         weight_optimizer=run.weight_optimizer,
         score_optimizer=make_score_optimizer(network, config),
         generator=masks,
-        draw=draw_masks(network, masks, count, num_drawing_ranks(config.sparsity)) if method.draws_masks else None,
+        draw=draw_masks(network, masks, *how_to_draw(config.sparsity)) if method.draws_masks else None,
         coin=generator(COIN_STREAM) if method.tosses else None,
+        memory=first_memory(network.scores, config.sparsity) if method.draws_masks else None,
     )
