@@ -100,7 +100,7 @@ class StreamedSet(BatchedSet):
     ) -> Generator[Tensor, None, None]:
         """Images of each part (B, 3, size, size) uint8, on the CPU. Its workers end when it is closed."""
         workers = min(self.workers, len(parts))
-        loader = DataLoader(
+        loader = _Loader(
             _Decoder(self.folder, self.files, _transform(self.image_size, draw is not None), draw),
             batch_sampler=[order_N[part] for part in parts],
             num_workers=workers,
@@ -121,6 +121,13 @@ class StreamedSet(BatchedSet):
                 f"a process that decodes images has died ({str(error).strip() or type(error).__name__}); memory or "
                 f"/dev/shm may be full: go on with --resume and fewer --workers (now {self.workers}), 0 for none"
             ) from error
+
+
+class _Loader(DataLoader):
+    """Does not warn of more workers than cores: slow at worst, and a configuration may be for a larger machine."""
+
+    def check_worker_number_rationality(self) -> None:
+        pass
 
 
 class _Decoder(Dataset):
