@@ -45,7 +45,7 @@ from trainers.retirement import retire
 from trainers.session import find_device
 from trainers.state import make_weight_optimizer, new_run
 from utils import checkpoint
-from utils.command_line import ToolParser
+from utils.command_line import ToolParser, exit_code_of
 from utils.config_parser import METAVARS, Given, Option, convert
 from utils.errors import UserError
 from utils.network import SparseNetwork
@@ -611,12 +611,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 a user's mistake."""
-    try:
-        run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of(lambda: run(argv))
 
 
 if __name__ == "__main__":

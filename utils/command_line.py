@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from utils.errors import UserError
@@ -16,3 +18,12 @@ class ToolParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}; --help lists every option")
+
+
+def exit_code_of(run: Callable[[], int | None]) -> int:
+    """Runs a tool: its own exit code (None: 0), or 2 and one sentence for a user's mistake."""
+    try:
+        return run() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -30,7 +30,7 @@ from trainers.session import load_data
 from trainers.state import load_model_state, make_network
 from utils import checkpoint
 from utils.bench import headline
-from utils.command_line import ToolParser
+from utils.command_line import ToolParser, exit_code_of
 from utils.config_parser import Given, Option, convert, nearest
 from utils.errors import UserError
 from utils.estimators import ESTIMATORS
@@ -253,12 +253,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 a user's mistake."""
-    try:
-        run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.command_line import ToolParser
+from utils.command_line import ToolParser, exit_code_of
 from utils.config_parser import nearest
 from utils.errors import UserError
 from utils.progress import announce
@@ -123,11 +123,7 @@ def main(argv: Sequence[str] | None = None, program: Sequence[str] = PROGRAM) ->
     Args:
         program: the command that trains, without its options.
     """
-    try:
-        return run(argv, program)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code_of(lambda: run(argv, program))
 
 
 if __name__ == "__main__":
