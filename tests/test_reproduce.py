@@ -264,6 +264,75 @@ def test_times_come_from_runs_of_their_own_one_after_the_other(make):
     assert events("start") == []
 
 
+def test_a_run_that_ran_alone_gives_numbers_as_well_as_seconds(make):
+    assert make("--time") == 0
+    assert [row["seeds"] for row in report()] == ["0", "0", "0"]
+    assert make("--jobs", "2") == 0
+    assert sorted(events("start")) == ["dense-seed1", "half-seed1", "same_cost-seed1"]
+
+
+def test_a_run_that_was_stopped_alone_goes_on_alone(make):
+    assert make("--time", orders={"dense-seed0": "ctrl-c"}) == 130
+    assert make("--rows", "dense", "--seeds", "0") == 0
+    assert events("start", "resume") == ["start dense-seed0"]
+    assert make("--time", "--rows", "dense") == 0
+    assert events("start", "resume") == ["resume dense-seed0"]
+
+
+# ---- the record ----
+
+
+def test_the_report_is_the_same_from_the_record_alone(make):
+    assert make() == 0
+    assert make("--time") == 0
+    before = {path.name: path.read_text() for path in Path("results").iterdir()}
+    assert set(before) == {"table.md", "table.csv", "table.runs.json"}
+    Path("runs").rename("far away")
+    for _ in range(2):
+        assert make("--only-report") == 0
+        assert {path.name: path.read_text() for path in Path("results").iterdir()} == before
+    record = json.loads(before["table.runs.json"])
+    assert len(record["runs"]) == 6  # those of --time are the newest of the first seed
+    assert sum(run["alone"] for run in record["runs"]) == 3
+    assert all(len(line) < 400 for line in before["table.runs.json"].splitlines() if '"seed"' in line)
+
+
+def test_runs_are_made_again_unless_the_record_is_trusted(make):
+    assert make() == 0
+    Path("runs").rename("far away")
+    more = TABLE.replace("[0, 1]", "[0, 1, 2]")
+    assert make("--recorded", table=more) == 0
+    assert events("start") == ["dense-seed2", "half-seed2", "same_cost-seed2"]
+    assert [row["seeds"] for row in report()] == ["0 1 2"] * 3
+    assert make("--rows", "same cost", "--seeds", "1", table=more) == 0  # with what it waits for
+    assert events("start") == ["half-seed1", "same_cost-seed1"]
+    assert [row["seeds"] for row in report()] == ["0 1 2"] * 3
+
+
+def test_a_run_that_is_here_counts_before_a_recorded_one(make):
+    assert make() == 0
+    record = Path("results/table.runs.json")
+    record.write_text(record.read_text().replace("85.0", "12.0"))
+    assert make("--only-report") == 0
+    assert float(report()[1]["test_top1"]) == 86
+
+
+def test_recorded_runs_that_cannot_be_used_are_told(make, capsys):
+    assert make() == 0
+    Path("runs").rename("far away")
+    record = Path("results/table.runs.json")
+    text = record.read_text()
+    record.write_text(text.replace('"epochs": 8', '"epochs": -8'))
+    assert make("--only-report") == 0
+    assert "left out: results/table.runs.json, config" in capsys.readouterr().out
+    assert [row["seeds"] for row in report()] == ["0 1", "0 1", "not run yet"]
+    for broken in ("[]", text.replace('"seed"', '"sead"'), text.replace("90.0", '"high"'), text[:100]):
+        record.write_text(broken)
+        assert make("--only-report") == 2
+        assert "table.runs.json is no record of runs; restore it" in capsys.readouterr().err
+        assert record.read_text() == broken
+
+
 # ---- mistakes ----
 
 

@@ -1,8 +1,8 @@
 """Makes the runs of a table of results and writes the table: `python -m utils.reproduce configs/tables/NAME.yaml`.
 
 Runs that are done are not made again, so the same command goes on where it was stopped, and after a change of the table
-makes what is new. `utils/table_file.py` describes the file, `utils/table_runs.py` the runs, `utils/table_report.py` the
-report.
+makes what is new. `utils/table_file.py` describes the file, `utils/table_runs.py` the runs, `utils/table_schedule.py`
+how they are made, `utils/table_report.py` and `utils/table_record.py` what is written.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from utils.errors import UserError
 from utils.progress import announce
 from utils.signals import StopRequest
 from utils.table_file import Table, read_table
-from utils.table_report import collect, write_report
-from utils.table_runs import Cell, Scheduler, TableRuns
+from utils.table_record import read_record
+from utils.table_report import collect, record_path, write_report
+from utils.table_runs import Cell, Run, TableRuns
+from utils.table_schedule import Scheduler
 
 PROGRAM = (sys.executable, str(Path(__file__).resolve().parent.parent / "main.py"))
+LIMITS = ("jobs", "rows", "seeds", "again", "recorded")  # options that say which runs are made, and how
 RUNS_FOLDER, RESULTS_FOLDER = Path("runs/tables"), Path("results")
 
 
@@ -32,7 +35,8 @@ def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = ToolParser(
         "utils.reproduce",
-        "Makes the missing runs of a table and writes results/NAME.md and results/NAME.csv.",
+        "Makes the missing runs of a table and writes results/NAME.md, NAME.csv and NAME.runs.json, a record of the "
+        "runs. A run that is missing here is told from the record.",
     )
     parser.add_argument("table", metavar="TABLE.yaml", help="the table, such as configs/tables/small.yaml")
     parser.add_argument("--runs", type=Path, metavar="PATH", help="folder of its runs (default: runs/tables/NAME)")
@@ -40,13 +44,15 @@ def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="make only runs of these rows, and what they wait for")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="make only runs of these seeds")
     parser.add_argument("--again", action="store_true", help="also make runs that are done; the newest ones count")
+    parser.add_argument("--recorded", action="store_true", help="make no run that results/NAME.runs.json holds")
     parser.add_argument("--time", action="store_true", help="measure seconds: one run of every row, alone, apart")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their states, and exit")
     parser.add_argument("--only-report", action="store_true", help="write the table from the runs that are there")
     arguments = parser.parse_args(argv)
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {arguments.jobs}")
-    _refuse_useless(arguments, "only_report", ("jobs", "rows", "seeds", "again", "time", "dry_run"), "makes no runs")
+    _refuse_useless(arguments, "only_report", (*LIMITS, "time", "dry_run"), "makes no runs")
+    _refuse_useless(arguments, "again", ("recorded",), "makes every run")
     _refuse_useless(arguments, "time", ("jobs", "seeds"), "makes one run at a time, of the first seed")
     return arguments
 
@@ -73,9 +79,10 @@ def run(argv: Sequence[str] | None, program: Sequence[str]) -> int:
     arguments = read_command_line(argv)
     table = read_table(arguments.table)
     root = arguments.runs or RUNS_FOLDER / table.name
-    untimed, timed = TableRuns(table, root), TableRuns(table, root / "timed")
-    for file, reason in (untimed.unreadable | timed.unreadable).items():
-        announce(f"left out: {file} ({reason})")
+    recorded, unreadable = read_record(record_path(table, RESULTS_FOLDER))
+    untimed, timed = look(table, root, recorded if arguments.recorded else [])
+    for place, reason in (unreadable | untimed.unreadable | timed.unreadable).items():
+        announce(f"left out: {place} ({reason})")
     runs, seeds = (timed, table.seeds[:1]) if arguments.time else (untimed, arguments.seeds)
     cells = runs.with_sources(choose_cells(table, arguments.rows, seeds))
     if arguments.dry_run:
@@ -88,13 +95,24 @@ def run(argv: Sequence[str] | None, program: Sequence[str]) -> int:
             return code
         failures = scheduler.failures
     try:
-        path = write_report(collect(table, untimed, timed), RESULTS_FOLDER)
+        path = write_report(collect(table, *look(table, root, recorded)), RESULTS_FOLDER)
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}; the runs stay, see --only-report") from error
     for cell, reason in failures.items():
         print(f"failed: {cell}: {reason}", file=sys.stderr)
     print(f"written: {path} and {path.with_suffix('.csv')}")
     return 1 if failures else 0
+
+
+def look(table: Table, root: Path, recorded: Sequence[Run]) -> tuple[TableRuns, TableRuns]:
+    """The runs whose numbers count, and among them those whose seconds count: they ran alone.
+
+    Args:
+        recorded: runs that are not below `root`.
+    """
+    timed = TableRuns(table, root / "timed", alone=True, elsewhere=[run for run in recorded if run.alone])
+    side_by_side = [run for run in recorded if not run.alone]
+    return TableRuns(table, root, elsewhere=[*side_by_side, *timed.finished()]), timed
 
 
 def _make(scheduler: Scheduler, cells: Sequence[Cell], root: Path) -> int:

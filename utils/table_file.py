@@ -84,10 +84,14 @@ class Table:
         return self.path.stem
 
 
+def hashed_options(config: Config) -> dict[str, Any]:
+    """Every option that can change a number, the seed excepted."""
+    return {key: value for key, value in config_to_dict(config).items() if key not in NO_NUMBERS}
+
+
 def config_hash(config: Config) -> str:
-    """12 hex digits that stand for every option that can change a number, the seed excepted."""
-    values = {key: value for key, value in config_to_dict(config).items() if key not in NO_NUMBERS}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    """12 hex digits that stand for the `hashed_options`."""
+    return hashlib.sha256(json.dumps(hashed_options(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_table(path: str | Path) -> Table:

@@ -1,4 +1,4 @@
-"""What a table came to: results/NAME.md and results/NAME.csv from its finished runs."""
+"""What a table came to: results/NAME.md and NAME.csv from its finished runs, and NAME.runs.json, their record."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from utils.table_file import Row, Table
+from utils.table_record import write_record
 from utils.table_runs import Cell, Run, TableRuns
 
 MISSING = "not run yet"
@@ -79,7 +80,7 @@ class Results:
 
     Attributes:
         runs: of every row by seed.
-        timed: of every row the run that ran alone.
+        timed: of every row the run that ran alone; it may be one of `runs`.
     """
 
     table: Table
@@ -148,8 +149,13 @@ def _listed(values: Iterable[object]) -> str:
 # ---- the files ----
 
 
+def record_path(table: Table, folder: Path) -> Path:
+    """Where `write_report` leaves the runs that it told of."""
+    return folder / f"{table.name}.runs.json"
+
+
 def write_report(results: Results, folder: Path) -> Path:
-    """Writes NAME.md and NAME.csv; NAME.reading.md, if somebody wrote one, is the end of the first.
+    """Writes NAME.md, NAME.csv and NAME.runs.json; NAME.reading.md, if somebody wrote one, is the end of the first.
 
     Returns: the path of NAME.md.
     """
@@ -157,6 +163,7 @@ def write_report(results: Results, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row_values(results, row) for row in results.table.rows]
     (folder / f"{name}.csv").write_text(_csv(rows), encoding="utf-8")
+    write_record(record_path(results.table, folder), _told_runs(results))
     text = markdown(results, rows)
     by_hand = folder / f"{name}.reading.md"
     if by_hand.exists():
@@ -164,6 +171,16 @@ def write_report(results: Results, folder: Path) -> Path:
     path = folder / f"{name}.md"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _told_runs(results: Results) -> list[tuple[str, Run]]:
+    """Every run of the report with its row; one that gives both numbers and seconds stands once."""
+    told = []
+    for name, by_seed in results.runs.items():
+        timed = results.timed.get(name)
+        runs = [*by_seed.values(), *([timed] if timed and timed not in by_seed.values() else [])]
+        told += [(name, run) for run in runs]
+    return told
 
 
 def _csv(rows: Sequence[Mapping[str, str | float | None]]) -> str:
