@@ -207,6 +207,11 @@ class SparsityConfig:
     score_every: int = option(
         1, "update the scores every this many steps; the other steps run one forward pass", within="[1, inf)"
     )
+    gauge_every: int = option(
+        0,
+        "measure the share of signal in the scores' gradient every this many steps, for two more passes; 0: never",
+        within="[0, inf)",
+    )
     subbatch: int = option(
         0,
         "this many extra masks, each on its part of the batch, instead of the second mask on all of it; 0: off",
@@ -347,7 +352,7 @@ MASKING_KEYS = {field.name for group in (SparsityConfig, FinetuneConfig) for fie
 MASKING_KEYS -= {"method", "finetune", "finetune_epochs"}  # the last two say for how many epochs it trains
 
 # What trains scores and chooses among subnets drawn from them.
-POLICY_KEYS = {"K", "weight_samples", "alpha", "estimator", "score_every", "subbatch", "rank_masks"}
+POLICY_KEYS = {"K", "weight_samples", "alpha", "estimator", "score_every", "gauge_every", "subbatch", "rank_masks"}
 SCORE_KEYS = POLICY_KEYS | {
     *("score_init_constant", "budget_schedule", "budget_start", "budget_end", "num_subnets"),
     *("sample_from_training_set", "optimizer", "score_lr", "clip_jointly"),
@@ -514,6 +519,11 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
     if sparsity.subbatch > config.train.batch_size // 2:
         raise UserError(
             f"{told('subbatch')} leaves parts of less than two images of {told('batch_size')}; pass fewer masks"
+        )
+    if sparsity.gauge_every and config.train.batch_size < 4 * max(1, sparsity.subbatch):
+        raise UserError(
+            f"{told('gauge_every')} measures on halves of a batch, which {told('batch_size')} leaves too small; pass "
+            f"--batch-size {4 * max(1, sparsity.subbatch)} or more"
         )
     if sparsity.budget_start >= sparsity.budget_end:
         raise UserError(f"{told('budget_start')} must be below {told('budget_end')}: the budget falls between them")

@@ -58,6 +58,7 @@ class StepSettings:
         weight_lr, score_lr: learning rates of this step.
         kept_fraction: the budget as a fraction of what it counts (`--budget`): units, parameters or multiply-adds.
         update_scores: whether this step has a structure step (`--score-every`).
+        gauge: whether this step measures its share of signal (`--gauge-every`).
         progress: finished fraction of the steps of the phase.
     """
 
@@ -65,6 +66,7 @@ class StepSettings:
     score_lr: float = 0.0
     kept_fraction: float = 1.0
     update_scores: bool = True
+    gauge: bool = False
     progress: float = 0.0
 
 
@@ -76,6 +78,7 @@ class SearchState:
         generator: of the masks, on the device of the scores.
         draw: the masks of the next step; None for methods that draw none.
         coin: of the control that tosses which mask gets which loss, on the same device; None: each gets its own.
+        gauge: of the masks that `--gauge-every` measures with, which train nothing; None without.
         memory: what an estimator that learns knows from earlier steps; None for the others.
     """
 
@@ -85,6 +88,7 @@ class SearchState:
     generator: torch.Generator
     draw: Draw | None
     coin: torch.Generator | None = None
+    gauge: torch.Generator | None = None
     memory: Memory | None = None
 
 

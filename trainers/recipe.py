@@ -107,6 +107,7 @@ class Recipe:
             score_lr=config.train.score_lr * factor,
             kept_fraction=fraction,
             update_scores=now % sparsity.score_every == 0,
+            gauge=sparsity.gauge_every > 0 and now % sparsity.gauge_every == 0,
             progress=now / total,
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from args import Config
 from data import DataSplits
 from trainers.default import StepSettings
+from trainers.methods.share import share_of_signal
 from trainers.state import RunState
 from utils import checkpoint
 from utils.board import Board
@@ -39,6 +40,8 @@ TAGS = {  # column of results.csv -> curve in TensorBoard
     "share_zero": "scores/share_exactly_0",
     "share_one": "scores/share_exactly_1",
     "loss_difference": "vrpge/loss_difference",
+    "share_of_signal": "vrpge/share_of_signal",
+    "share_of_signal_error": "vrpge/share_of_signal_error",
     "forward_flops_ratio": "flops/forward_ratio",
     "forward_flops_ratio_mean": "flops/forward_ratio_running_mean",
     "subnet_flops_ratio": "flops/subnet_ratio",
@@ -115,6 +118,7 @@ class Reporter:
                 "score_lr": settings.score_lr,
                 **{name: means[name] for name in ("v", "loss_difference") if name in means},
             }
+            values |= share_of_signal(means, run.sums.count)
             if run.search.draw is not None:
                 values["keep_ratio_drawn"] = float(run.search.draw.masks_KU[0].double().mean())
         try:

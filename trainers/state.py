@@ -14,7 +14,7 @@ from models import build_model
 from trainers.default import SearchState, draw_masks, first_memory, how_to_draw, stored_draw
 from trainers.methods import method_of
 from trainers.methods.base import check_budget
-from trainers.streams import COIN_STREAM, MASK_STREAM, stream_seed
+from trainers.streams import COIN_STREAM, GAUGE_STREAM, MASK_STREAM, stream_seed
 from utils.budget import constant_score
 from utils.checkpoint import generator_states, restore_generators
 from utils.errors import UserError
@@ -138,7 +138,7 @@ class RunState:
         return state
 
     def search_generators(self) -> dict[str, torch.Generator]:
-        named = {"masks": self.search.generator, "coin": self.search.coin}
+        named = {"masks": self.search.generator, "coin": self.search.coin, "gauge": self.search.gauge}
         return {name: generator for name, generator in named.items() if generator is not None}
 
     def load_state_dict(self, state: dict[str, Any], config: Config) -> None:
@@ -272,5 +272,6 @@ def new_search(run: RunState, config: Config) -> SearchState:
         generator=masks,
         draw=draw_masks(network, masks, *how_to_draw(config.sparsity)) if method.draws_masks else None,
         coin=generator(COIN_STREAM) if method.tosses else None,
+        gauge=generator(GAUGE_STREAM) if config.sparsity.gauge_every else None,
         memory=first_memory(network.scores, config.sparsity) if method.draws_masks else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-MASK_STREAM, CANDIDATE_STREAM, COIN_STREAM, RANDOM_MASK_STREAM = 1, 2, 3, 4
+MASK_STREAM, CANDIDATE_STREAM, COIN_STREAM, RANDOM_MASK_STREAM, GAUGE_STREAM = 1, 2, 3, 4, 5
 
 
 def stream_seed(seed: int, stream: int) -> int:

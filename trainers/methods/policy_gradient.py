@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from args import Config
 from trainers.default import StepSettings, num_full_passes, train_step, twin_of
 from trainers.methods.base import Method, StepCost, best_units, cost_of
+from trainers.methods.share import measure_share, no_share
 from trainers.retirement import retire
 from trainers.streams import CANDIDATE_STREAM, stream_seed
 from utils.network import SparseNetwork
@@ -64,7 +65,13 @@ class PolicyGradient(ScoreMethod):
         self, run: RunState, images: Tensor, labels: Tensor, settings: StepSettings, config: Config
     ) -> tuple[dict[str, Tensor], StepCost]:
         cost = self.cost_of_step(run, settings, config)
-        return train_step(run.search, images, labels, settings, config), cost
+        watched: dict[str, Tensor] = {}
+        if config.sparsity.gauge_every:  # every step adds to the same sums
+            watched = no_share(run.network.device)
+        if settings.gauge:
+            watched, spent = measure_share(run.search, images, labels, config)
+            cost = replace(cost, forward=[*cost.forward, *spent])
+        return {**train_step(run.search, images, labels, settings, config), **watched}, cost
 
     def cost_of_step(self, run: RunState, settings: StepSettings, config: Config) -> StepCost:
         """What the forward passes of the coming step cost per image of this rank's part of the batch."""
