@@ -70,6 +70,7 @@ if order == "wait" or order.startswith("ctrl-c"):
     time.sleep(60)
 kept, seed, dense = options.get("keep_ratio", 1.0), options["seed"], options.get("conv_type") == "DenseConv"
 summary = {
+    "heldout_top1": 50.0 + seed,
     "test_top1": 90.0 + seed if dense else 80.0 + 10 * kept + 2 * seed,
     "flops_ratio": 1.0 if dense else kept**2 + seed / 1024,
     "params_kept": kept,
@@ -279,6 +280,14 @@ def test_a_run_that_was_stopped_alone_goes_on_alone(make):
     assert events("start", "resume") == ["resume dense-seed0"]
 
 
+def test_a_table_to_choose_from_does_not_tell_of_test_images(make, capsys):
+    assert make(table=f"{TABLE}judge: heldout\n") == 0
+    assert [float(row["heldout_top1"]) for row in report()] == [50.5] * 3
+    assert "| row | held-out top-1 % | sd |" in Path("results/table.md").read_text()
+    assert all("test" not in path.read_text() for path in Path("results").iterdir())
+    assert "85.00" not in capsys.readouterr().out
+
+
 # ---- the record ----
 
 
@@ -363,6 +372,12 @@ def test_recorded_runs_that_cannot_be_used_are_told(make, capsys):
         ("[0, 1]", "[0, x]", "seed must be a whole number"),
         ("title: A table", "titel: A table", "unknown key 'titel'; did you mean 'title'?"),
         ("title: A table", "", "title is missing"),
+        ("note: Three rows.", "judge: luck", "judge must be test or heldout, got 'luck'"),
+        (
+            "rows:\n  dense: {conv_type: DenseConv}",
+            "judge: heldout\nrows:\n  dense: {conv_type: DenseConv, holdout: 0}",
+            "row 'dense' has holdout 0",
+        ),
         ("note: Three rows.", "note: [", "is not valid YAML"),
         ("note: Three rows.", "note: &a x", "anchors, aliases and tags"),
     ],

@@ -69,7 +69,9 @@ def test_the_share_of_an_epoch_is_a_ratio_of_means_with_its_error():
     assert share_of_signal(nothing.means(), 20) == {}
 
 
-@pytest.mark.parametrize("options", [(), ("--subbatch", "2"), ("--estimator", "linear_cv_disarm"), ("--method", "coin")])
+@pytest.mark.parametrize(
+    "options", [(), ("--subbatch", "2"), ("--estimator", "linear_cv_disarm"), ("--method", "coin")]
+)
 def test_a_run_that_is_watched_trains_as_one_that_is_not(program, options):  # noqa: F811
     assert program(*options, "--no-finetune", name="alone") == 0
     assert program(*options, "--no-finetune", "--gauge-every", "2", name="watched") == 0

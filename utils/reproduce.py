@@ -79,7 +79,7 @@ def run(argv: Sequence[str] | None, program: Sequence[str]) -> int:
     arguments = read_command_line(argv)
     table = read_table(arguments.table)
     root = arguments.runs or RUNS_FOLDER / table.name
-    recorded, unreadable = read_record(record_path(table, RESULTS_FOLDER))
+    recorded, unreadable = read_record(record_path(table, RESULTS_FOLDER), table.numbers)
     untimed, timed = look(table, root, recorded if arguments.recorded else [])
     for place, reason in (unreadable | untimed.unreadable | timed.unreadable).items():
         announce(f"left out: {place} ({reason})")

@@ -12,6 +12,7 @@ A file looks like this:
       half: {keep_ratio: 0.5}
       same cost: {budget: flops, keep_ratio: {flops_of: half}}   # the FLOPs ratio that this row's run came to
     compare: [[half, same cost]]                        # their differences are told in words
+    judge: heldout                                      # the images whose accuracy is told; test unless said
 
 Every option may stand in a row; what two rows need in common is for the reader to judge.
 """
@@ -31,8 +32,9 @@ from args import OPTIONS, Config, config_from_dict, config_to_dict
 from utils.config_parser import NULL_SCALARS, Given, convert, nearest, resolve
 from utils.errors import UserError
 
-KEYS = ("title", "note", "base", "seeds", "dense", "rows", "compare")
+KEYS = ("title", "note", "base", "seeds", "dense", "rows", "compare", "judge")
 NEEDED = ("title", "seeds", "dense", "rows")
+JUDGES = ("test", "heldout")  # a table whose rows are chosen from must not look at test images
 
 # What a run is told by whoever starts it; a table may not say it.
 DECIDED_ELSEWHERE = ("config", "name", "log_dir", "seed", "resume", "evaluate", "print_config", "dry_run")
@@ -69,6 +71,7 @@ class Table:
         name: of the file, without its ending.
         dense: for every row the row that it is told relative to.
         compare: pairs of rows.
+        judge: one of `JUDGES`.
     """
 
     path: Path
@@ -78,6 +81,17 @@ class Table:
     rows: dict[str, Row]
     dense: dict[str, str]
     compare: tuple[tuple[str, str], ...]
+    judge: str = "test"
+
+    @property
+    def accuracy(self) -> str:
+        """The accuracy that is told, as summary.json calls it."""
+        return f"{self.judge}_top1"
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """What the report needs of summary.json; one without them was not written by a finished run."""
+        return (self.accuracy, "flops_ratio", "params_kept", "train_flops_ratio", "train_seconds", "epochs")
 
     @property
     def name(self) -> str:
@@ -112,6 +126,7 @@ def read_table(path: str | Path) -> Table:
     if not rows:
         raise _refusal(path, parts["rows"], "rows must hold at least one row")
     _check_sources(rows)
+    judge = _read_judge(parts["judge"], rows, path) if "judge" in parts else JUDGES[0]
     return Table(
         path=path,
         title=_text(parts["title"], path, "title"),
@@ -120,6 +135,7 @@ def read_table(path: str | Path) -> Table:
         rows=rows,
         dense=_read_dense(parts["dense"], rows, path),
         compare=_read_pairs(parts["compare"], rows, path) if "compare" in parts else (),
+        judge=judge,
     )
 
 
@@ -235,6 +251,16 @@ def _read_pairs(node: yaml.Node, rows: Mapping[str, Row], path: Path) -> tuple[t
             raise _refusal(path, entry, f"a pair of compare must be two different rows, got {_listed(names) or 'none'}")
         pairs.append(names)
     return tuple(pairs)
+
+
+def _read_judge(node: yaml.Node, rows: Mapping[str, Row], path: Path) -> str:
+    judge = _text(node, path, "judge")
+    if judge not in JUDGES:
+        raise _refusal(path, node, f"judge must be {' or '.join(JUDGES)}, got {judge!r}")
+    for row in rows.values():
+        if judge == "heldout" and row.options.get("holdout", OPTIONS["holdout"].default) == 0:
+            raise _refusal(path, node, f"judge heldout needs held-out images, row {row.name!r} has holdout 0")
+    return judge
 
 
 def _row_name(node: yaml.Node, rows: Mapping[str, Row], path: Path, key: str) -> str:

@@ -7,21 +7,21 @@ which are large, stay where they were made.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from args import Config, config_from_dict
 from utils.errors import UserError
 from utils.table_file import config_hash, hashed_options
-from utils.table_runs import NUMBERS, Key, Run, read_json
+from utils.table_runs import Key, Run, read_json
 
 ABOUT = "Runs of a table, one on each line; written by utils.reproduce, not by hand."
 # What the report tells of a run's env.json.
 FACTS = ("cpu", "cpu_capability", "gpu", "num_threads", "torch", "git_commit", "git_dirty")
 
 
-def read_record(path: Path) -> tuple[list[Run], dict[str, str]]:
+def read_record(path: Path, numbers: Sequence[str]) -> tuple[list[Run], dict[str, str]]:
     """The recorded runs, and what is wrong with those that cannot be used, by name; a file need not be there.
 
     As with a run folder, a run belongs to the hash of its options as they are read today.
@@ -39,14 +39,16 @@ def read_record(path: Path) -> tuple[list[Run], dict[str, str]]:
                 configs[name] = config_from_dict(options, f"{path}, config {name}")
             except UserError as error:
                 unreadable[f"{path}, config {name}"] = str(error)
-        runs = [_run(configs[entry["config"]], entry) for entry in record["runs"] if entry["config"] in configs]
+        runs = [
+            _run(configs[entry["config"]], entry, numbers) for entry in record["runs"] if entry["config"] in configs
+        ]
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{path} is no record of runs; restore it, or remove it and make the runs again") from None
     return runs, unreadable
 
 
-def _run(config: Config, entry: dict[str, Any]) -> Run:
-    numbers = {name: entry[name] for name in NUMBERS}
+def _run(config: Config, entry: dict[str, Any], names: Sequence[str]) -> Run:
+    numbers = {name: entry[name] for name in names}
     if not all(isinstance(number, int | float) for number in numbers.values()):
         raise ValueError(numbers)
     environment = {name: entry[name] for name in FACTS if name in entry}
@@ -54,15 +56,15 @@ def _run(config: Config, entry: dict[str, Any]) -> Run:
     return Run(key, 0, hashed_options(config), numbers, environment, entry["date"], entry["alone"])
 
 
-def write_record(path: Path, runs: Iterable[tuple[str, Run]]) -> None:
-    """Writes finished runs, each with the name of its row."""
+def write_record(path: Path, numbers: Iterable[str], runs: Iterable[tuple[str, Run]]) -> None:
+    """Writes these numbers of finished runs, each run with the name of its row."""
     configs: dict[str, dict[str, Any]] = {}
     lines = []
     for row, run in runs:
         configs[run.key.hash] = run.options
         facts = {name: run.environment[name] for name in FACTS if run.environment.get(name) is not None}
         start = {"row": row, "seed": run.key.seed, "config": run.key.hash, "alone": run.alone, "date": run.date}
-        lines.append(json.dumps({**start, **{name: run.summary[name] for name in NUMBERS}, **facts}))
+        lines.append(json.dumps({**start, **{name: run.summary[name] for name in numbers}, **facts}))
     configs_text = ",\n".join(f"{json.dumps(name)}: {json.dumps(options)}" for name, options in configs.items())
     runs_text = ",\n".join(lines)
     path.write_text(

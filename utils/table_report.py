@@ -15,11 +15,12 @@ from utils.table_record import write_record
 from utils.table_runs import Cell, Run, TableRuns
 
 MISSING = "not run yet"
-COLUMNS = {  # column of the CSV file -> heading and format in Markdown
+IMAGES = {"test": "test", "heldout": "held-out"}  # what a table calls its judge
+COLUMNS = {  # column of the CSV file, with the judge in front where it begins with _ -> heading and format in Markdown
     "row": ("row", "{}"),
-    "test_top1": ("test top-1 %", "{:.2f}"),
-    "test_top1_sd": ("sd", "{:.2f}"),
-    "test_top1_minus_dense": ("minus dense", "{:+.2f}"),
+    "_top1": ("top-1 %", "{:.2f}"),
+    "_top1_sd": ("sd", "{:.2f}"),
+    "_top1_minus_dense": ("minus dense", "{:+.2f}"),
     "flops_ratio": ("inference FLOPs", "{:.1%}"),
     "params_kept": ("params kept", "{:.1%}"),
     "train_flops_to_dense": ("training FLOPs to dense", "{:.1%}"),
@@ -92,8 +93,8 @@ class Results:
         return {seed: run.summary[name] for seed, run in self.runs[row].items()}
 
     def differences(self, row: str, other: str) -> dict[int, float]:
-        """Test top-1 of `row` minus that of `other`, in points, for every seed that both have."""
-        ours, theirs = self.values(row, "test_top1"), self.values(other, "test_top1")
+        """Top-1 of `row` minus that of `other`, in points, for every seed that both have."""
+        ours, theirs = (self.values(name, self.table.accuracy) for name in (row, other))
         return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
 
 
@@ -120,13 +121,13 @@ def row_values(results: Results, name: str) -> dict[str, str | float | None]:
         values["train_seconds_to_dense"] = seconds / dense_seconds
     if not runs:
         return values
-    top1 = list(results.values(name, "test_top1").values())
-    values["test_top1"] = fmean(top1)
-    values["test_top1_sd"] = stdev(top1) if len(top1) > 1 else ""  # one run has no spread
+    top1 = list(results.values(name, results.table.accuracy).values())
+    values["_top1"] = fmean(top1)
+    values["_top1_sd"] = stdev(top1) if len(top1) > 1 else ""  # one run has no spread
     for key in ("flops_ratio", "params_kept"):
         values[key] = fmean(results.values(name, key).values())
     if results.runs[dense]:
-        values["test_top1_minus_dense"] = _mean_or_none(results.differences(name, dense).values())
+        values["_top1_minus_dense"] = _mean_or_none(results.differences(name, dense).values())
         # The ratio in a summary is to dense training for as many epochs as that run had.
         epochs = fmean(results.values(dense, "epochs").values())
         values["train_flops_to_dense"] = fmean(
@@ -162,8 +163,8 @@ def write_report(results: Results, folder: Path) -> Path:
     name = results.table.name
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row_values(results, row) for row in results.table.rows]
-    (folder / f"{name}.csv").write_text(_csv(rows), encoding="utf-8")
-    write_record(record_path(results.table, folder), _told_runs(results))
+    (folder / f"{name}.csv").write_text(_csv(rows, results.table.judge), encoding="utf-8")
+    write_record(record_path(results.table, folder), results.table.numbers, _told_runs(results))
     text = markdown(results, rows)
     by_hand = folder / f"{name}.reading.md"
     if by_hand.exists():
@@ -183,10 +184,10 @@ def _told_runs(results: Results) -> list[tuple[str, Run]]:
     return told
 
 
-def _csv(rows: Sequence[Mapping[str, str | float | None]]) -> str:
+def _csv(rows: Sequence[Mapping[str, str | float | None]], judge: str) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(judge + name if name.startswith("_") else name for name in COLUMNS)
     writer.writerows([MISSING if value is None else value for value in row.values()] for row in rows)
     return text.getvalue()
 
@@ -197,16 +198,16 @@ def markdown(results: Results, rows: Sequence[Mapping[str, str | float | None]])
     lines = [f"# {table.title}", ""]
     if table.note:
         lines += [table.note, ""]
-    lines += _table_lines(rows)
+    lines += _table_lines(rows, table.judge)
     lines += ["", LEGEND.format(seed=table.seeds[0]), "", *_facts(results)]
     if table.compare:
-        lines += ["", "## Reading", "", "Differences of test top-1, seed by seed:", ""]
+        lines += ["", "## Reading", "", f"Differences of {IMAGES[table.judge]} top-1, seed by seed:", ""]
         lines += [f"- {compared(results, *pair)}" for pair in table.compare]
     return "\n".join(lines) + "\n"
 
 
-def _table_lines(rows: Sequence[Mapping[str, str | float | None]]) -> list[str]:
-    headings = [heading for heading, _ in COLUMNS.values()]
+def _table_lines(rows: Sequence[Mapping[str, str | float | None]], judge: str) -> list[str]:
+    headings = [f"{IMAGES[judge]} {heading}" if key == "_top1" else heading for key, (heading, _) in COLUMNS.items()]
     lines = [headings, ["-"] * len(headings)]
     lines += [[_shown(row[key], form) for key, (_, form) in COLUMNS.items()] for row in rows]
     return [f"| {' | '.join(line)} |" for line in lines]

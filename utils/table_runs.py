@@ -22,8 +22,6 @@ from utils.errors import UserError
 from utils.table_file import Table, config_hash, hashed_options
 
 HASH = re.compile(r"[0-9a-f]{12}")
-# What the report needs of summary.json; a file without them was not written by a finished run.
-NUMBERS = ("test_top1", "flops_ratio", "params_kept", "train_flops_ratio", "train_seconds", "epochs")
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class TableRuns:
             except UserError as error:
                 self.unreadable[file] = str(error)
                 continue
-            run = _read_run(file.parent, config, self.alone)
+            run = _read_run(file.parent, config, self.alone, self.table.numbers)
             if run.summary or (run.folder / "checkpoints" / "last.pt").is_file():
                 self._runs.setdefault(run.key, []).append(run)
 
@@ -160,9 +158,9 @@ class TableRuns:
         return None if name is None else Cell(name, cell.seed)
 
 
-def _read_run(folder: Path, config: Config, alone: bool) -> Run:
+def _read_run(folder: Path, config: Config, alone: bool, numbers: Iterable[str]) -> Run:
     summary = read_json(folder / "summary.json") or {}
-    done = all(isinstance(summary.get(name), int | float) for name in NUMBERS)
+    done = all(isinstance(summary.get(name), int | float) for name in numbers)
     return Run(
         key=Key(config_hash(config), config.run.seed),
         started=(folder / "config.yaml").stat().st_mtime_ns,

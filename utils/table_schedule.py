@@ -114,7 +114,13 @@ class Scheduler:
                 continue
             self.num_done += 1
             self.num_made += 1
-            announce(f"[{self.num_done}/{self.total}] {child.cell}: {_told(result.summary)}{self._time_left()}")
+            announce(f"[{self.num_done}/{self.total}] {child.cell}: {self._told(result.summary)}{self._time_left()}")
+
+    def _told(self, summary: Mapping[str, Any]) -> str:
+        return (
+            f"{summary[self.runs.table.accuracy]:.2f} % top-1 with {100 * summary['flops_ratio']:.1f} % of the FLOPs, "
+            f"{duration(summary['train_seconds'])} of training steps"
+        )
 
     def _fail(self, cell: Cell, reason: str) -> None:
         self.failures[cell] = reason
@@ -166,13 +172,6 @@ def last_error(child: Child) -> str:
     status = child.process.returncode
     how = f"ended by signal {-status}" if status < 0 else f"exit code {status}"
     return f"{how}: {(errors or lines or ['it printed nothing'])[-1]}"
-
-
-def _told(summary: Mapping[str, Any]) -> str:
-    return (
-        f"{summary['test_top1']:.2f} % top-1 with {100 * summary['flops_ratio']:.1f} % of the FLOPs, "
-        f"{duration(summary['train_seconds'])} of training steps"
-    )
 
 
 def duration(seconds: float) -> str:
