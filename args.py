@@ -284,6 +284,11 @@ class FinetuneConfig:
     finetune: bool = option(True, "train the chosen subnet's weights after the search; off: --no-finetune")
     finetune_epochs: int = option(40, "epochs of fine-tuning", within="[1, inf)")
     finetune_lr: float = option(1e-3, "learning rate of fine-tuning", within="(0, inf)")
+    finetune_policy: str = option(
+        "constant",
+        "constant: finetune_lr; continue: weight_lr by lr_policy, which then runs over search and fine-tuning as one",
+        choices=("constant", "continue"),
+    )
     finetune_batch_size: int = option(128, "images a step of fine-tuning", within="[2, inf)")
     num_subnets: int = option(
         10, "subnets drawn as candidates beside the one of the highest scores", within="[0, 1000]"
@@ -343,7 +348,7 @@ The command line wins over the file, the file over the defaults. The file has
 lines such as keep_ratio: 0.3. Dashes and underscores are the same; a switch is
 turned on by --name and off by --no-name."""
 
-FINETUNE_KEYS = {"finetune_epochs", "finetune_lr", "finetune_batch_size"}
+FINETUNE_KEYS = {"finetune_epochs", "finetune_lr", "finetune_policy", "finetune_batch_size"}
 
 # A dense network reads none of these: it has no masks to search and no subnet to choose and fine-tune.
 MASKING_KEYS = {field.name for group in (SparsityConfig, FinetuneConfig) for field in fields(group)} | {
@@ -358,7 +363,7 @@ SCORE_KEYS = POLICY_KEYS | {
     *("sample_from_training_set", "optimizer", "score_lr", "clip_jointly"),
 }
 # What a network that is thin from the first step does not read: it has no second phase, and nothing left to retire.
-SCRATCH_KEYS = {"retire", "bn_batches", "finetune_lr", "finetune_batch_size"}
+SCRATCH_KEYS = {"retire", "bn_batches", "finetune_lr", "finetune_policy", "finetune_batch_size"}
 
 USELESS_KEYS = {  # by method
     "vrpge": {"slimming_penalty"},
@@ -587,6 +592,11 @@ def check_effect(config: Config, flags: Collection[str]) -> None:
             f"method is {method}; pass another --method",
         ),
         (not config.finetune.finetune, FINETUNE_KEYS, "finetune is off; pass --finetune"),
+        (
+            config.finetune.finetune_policy == "continue",
+            {"finetune_lr"},
+            "finetune_policy is continue; pass --finetune-policy constant",
+        ),
         (
             config.sparsity.budget_schedule == "constant",
             {"budget_start", "budget_end"},

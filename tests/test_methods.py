@@ -172,6 +172,22 @@ def test_methods_without_a_search_train_all_epochs_in_one_schedule():
     assert factors == pytest.approx([0.5 * (1 + np.cos(np.pi * epoch / 8)) for epoch in range(8)])
 
 
+def test_one_learning_rate_curve_may_run_through_search_and_fine_tuning():
+    """The weights' curve is that of one phase of all epochs, whatever the batch size of fine-tuning; the scores' ends
+    with the search."""
+    run, config = run_of("vrpge", "--epochs", "6", "--finetune-epochs", "2", "--finetune-policy", "continue")
+    recipe = Recipe(config, images(), run, reporter=None, stop=None)
+    weights, scores = [], []
+    for run.epoch in range(6):
+        weights.append(recipe.settings(5, 10).weight_lr / config.train.weight_lr)
+        scores.append(recipe.settings(5, 10).score_lr / config.train.score_lr)
+    run.phase = "finetune"
+    for run.epoch in (6, 7):
+        weights.append(recipe.settings(10, 20).weight_lr / config.train.weight_lr)
+    assert weights == pytest.approx([0.5 * (1 + np.cos(np.pi * (epoch + 0.5) / 8)) for epoch in range(8)])
+    assert scores == pytest.approx([0.5 * (1 + np.cos(np.pi * (epoch + 0.5) / 6)) for epoch in range(6)])
+
+
 # ---- thin and random ------------------------------------------------------------------------------------------------
 
 

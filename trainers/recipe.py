@@ -92,19 +92,21 @@ class Recipe:
 
     def settings(self, step: int, steps_per_epoch: int) -> StepSettings:
         """Learning rates and budget of a step of the epoch under way (counted from 0)."""
-        config, sparsity = self.config, self.config.sparsity
-        if self.run.phase == "finetune":
-            return StepSettings(config.finetune.finetune_lr)
+        config, sparsity, train = self.config, self.config.sparsity, self.config.train
         now, total = self.run.epoch * steps_per_epoch + step, self.last_epoch_of_phase * steps_per_epoch
-        warmup = config.train.warmup_length * steps_per_epoch
-        factor = learning_rate_factor(config.train.lr_policy, now, total, warmup)
+        warmup = train.warmup_length * steps_per_epoch
+        one_curve = config.finetune.finetune_policy == "continue"
+        span = config.total_epochs * steps_per_epoch if one_curve else total
+        weight_lr = train.weight_lr * learning_rate_factor(train.lr_policy, now, span, warmup)
+        if self.run.phase == "finetune":
+            return StepSettings(weight_lr if one_curve else config.finetune.finetune_lr)
         fraction = kept_fraction(
             *(sparsity.budget_schedule if self.method.has_scores else "constant", now, total),
             *(sparsity.keep_ratio, sparsity.budget_start, sparsity.budget_end),
         )
         return StepSettings(
-            weight_lr=config.train.weight_lr * factor,
-            score_lr=config.train.score_lr * factor,
+            weight_lr=weight_lr,
+            score_lr=train.score_lr * learning_rate_factor(train.lr_policy, now, total, warmup),
             kept_fraction=fraction,
             update_scores=now % sparsity.score_every == 0,
             gauge=sparsity.gauge_every > 0 and now % sparsity.gauge_every == 0,
