@@ -31,9 +31,11 @@ ARCHS = (
     *("resnet18", "resnet34", "resnet50", "resnet101"),
 )
 METHODS = ("vrpge", "dense", "thin", "random", "coin", "l1", "slimming", "sfp", "gumbel")
-ESTIMATORS = ("vrpge", "reinforce", "disarm", "shrinkage", "linear_cv", "linear_cv_disarm", "subbatch")
+ESTIMATORS = (
+    *("vrpge", "reinforce", "disarm", "shrinkage", "linear_cv", "linear_cv_gates", "linear_cv_disarm", "subbatch"),
+)
 PAIR_ESTIMATORS = ("disarm", "linear_cv_disarm")  # two masks a step
-LEARNING_ESTIMATORS = ("shrinkage", "linear_cv", "linear_cv_disarm")  # with memory of earlier steps
+LEARNING_ESTIMATORS = ("shrinkage", "linear_cv", "linear_cv_gates", "linear_cv_disarm")  # with memory of earlier steps
 ONE_PHASE = ("dense", "thin", "random")  # methods without a search: one schedule over all epochs
 INITS = ("kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal")
 NOT_A_PERCENTAGE = "it is a fraction, not a percentage"
@@ -515,6 +517,11 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
         raise UserError(
             f"{told('estimator')} learns from losses under masks that all processes share, got {told('rank_masks')}; "
             "leave one of them out"
+        )
+    if sparsity.estimator == "linear_cv_gates" and sparsity.weight_samples != 1:
+        raise UserError(
+            f"{told('estimator')} reads the gradients of one mask, so it needs weight_samples 1, got "
+            f"{told('weight_samples')}; leave one of them out"
         )
     if sparsity.subbatch and (sparsity.K, sparsity.weight_samples) != (2, 1):
         raise UserError(

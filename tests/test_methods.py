@@ -396,7 +396,7 @@ def test_slimming_keeps_the_units_of_the_largest_scales_of_the_whole_network():
 def test_units_before_a_batch_norm_on_the_stream_are_judged_by_the_first_that_reads_them():
     network = sparse_network(plain_net("preactivation"), NETWORKS["preactivation"].LAYERS)
     names = {norm: name for name, norm in network.batch_norms().items()}
-    assert {name: (names[norm], first) for name, (norm, first) in judging_norms(network).items()} == {
+    assert {name: (names[norm.module], norm.first_channel) for name, norm in judging_norms(network).items()} == {
         "stem": ("block1.bn1", 0),
         "block1.conv1": ("block1.bn2", 0),
         "block1.conv2": ("block2.bn1", 0),
@@ -407,7 +407,7 @@ def test_units_before_a_batch_norm_on_the_stream_are_judged_by_the_first_that_re
         "block3.shortcut": ("bn", 0),
     }
     network = sparse_network(plain_net("mixed"), [name for name in NETWORKS["mixed"].LAYERS if name != "merge"])
-    norm, first = judging_norms(network)["grow"]
+    norm, first = judging_norms(network)["grow"].module, judging_norms(network)["grow"].first_channel
     assert norm is network.model.bn4
     assert first == 5  # behind the stream in the concatenated map
     with pytest.raises(UserError, match="layer conv3: no batch-norm reads them"):

@@ -26,10 +26,11 @@ from utils.distributed import (
     rank,
     summed,
 )
-from utils.estimators import ESTIMATORS, Estimator, Memory
+from utils.estimators import ESTIMATORS, Estimator, Gates, Memory
 from utils.masks import sample_masks
 from utils.metrics import MetricSums, count_correct
 from utils.network import SparseNetwork
+from utils.norms import GateReader
 from utils.plan import Plan
 from utils.projection import project_onto_budget, project_onto_cost
 
@@ -80,6 +81,7 @@ class SearchState:
         coin: of the control that tosses which mask gets which loss, on the same device; None: each gets its own.
         gauge: of the masks that `--gauge-every` measures with, which train nothing; None without.
         memory: what an estimator that learns knows from earlier steps; None for the others.
+        gate_reader: of an estimator that learns from gates; None for the others.
     """
 
     network: SparseNetwork
@@ -90,6 +92,7 @@ class SearchState:
     coin: torch.Generator | None = None
     gauge: torch.Generator | None = None
     memory: Memory | None = None
+    gate_reader: GateReader | None = None
 
 
 @dataclass(frozen=True)
@@ -227,12 +230,11 @@ def train_step(
     elif settings.update_scores:
         losses_K = torch.stack([loss.detach() for loss in losses])
         losses_K = score_gradient_(scores, draw.masks_KU, losses_K, size, sparsity, state.coin, state.memory)
-        state.memory = after_step(state.memory, draw.masks_KU, losses_K, sparsity)
         difference = (losses_K[0] - losses_K[1]).abs()
     else:
         difference = torch.zeros_like(weight_loss)
     if config.train.clip_jointly:  # one norm over both couples the steps, so backward has to come first
-        backward(network, weight_loss, weights, size)
+        gates = chain_rule(state, weight_loss, size)
         torch.nn.utils.clip_grad_norm_([*weights, scores], config.train.clip_norm)
     else:
         torch.nn.utils.clip_grad_norm_([scores], config.train.clip_norm)
@@ -243,13 +245,21 @@ def train_step(
 
     # weight step: chain rule through the kept channels; a GPU works on it while the host plans the next passes
     if not config.train.clip_jointly:
-        backward(network, weight_loss, weights, size)
+        gates = chain_rule(state, weight_loss, size)
         torch.nn.utils.clip_grad_norm_(weights, config.train.clip_norm)
     state.weight_optimizer.step()
+    if state.memory is not None and settings.update_scores:  # the estimate of this step must not depend on it
+        state.memory = estimator_of(sparsity).update(state.memory, draw.masks_KU, losses_K, gates)
     state.draw = next_draw.finish(network)
 
     sums = {**batch_sums(losses[0].detach(), logits, labels), "loss_difference": difference * size, "v": v * size}
     return dict(zip(sums, summed(*sums.values()), strict=True))
+
+
+def chain_rule(state: SearchState, loss: Tensor, num_images: int) -> Gates | None:
+    """Gradients of all weights, and what an estimator may want to know of them before they are clipped."""
+    backward(state.network, loss, state.network.weight_parameters(), num_images)
+    return None if state.gate_reader is None else state.gate_reader.read(state.draw.plans[0])
 
 
 def num_drawing_ranks(sparsity: Any) -> int:
@@ -306,11 +316,6 @@ def first_memory(scores_U: Tensor, sparsity: Any) -> Memory | None:
     """What the estimator knows before the first step; None if it never learns."""
     start = estimator_of(sparsity).start
     return None if start is None else start(scores_U.detach())
-
-
-def after_step(memory: Memory | None, masks_KU: Tensor, losses_K: Tensor, sparsity: Any) -> Memory | None:
-    """What the estimator knows for the next step: its estimate of this one must not depend on it."""
-    return None if memory is None else estimator_of(sparsity).update(memory, masks_KU, losses_K)
 
 
 def how_to_draw(sparsity: Any) -> tuple[int, int, Callable[[Tensor, torch.Generator, int], Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from args import Config, config_to_dict
 from data import DataSplits
 from models import build_model
-from trainers.default import SearchState, draw_masks, first_memory, how_to_draw, stored_draw
+from trainers.default import SearchState, draw_masks, estimator_of, first_memory, how_to_draw, stored_draw
 from trainers.methods import method_of
 from trainers.methods.base import check_budget
 from trainers.streams import COIN_STREAM, GAUGE_STREAM, MASK_STREAM, stream_seed
@@ -20,6 +20,7 @@ from utils.checkpoint import generator_states, restore_generators
 from utils.errors import UserError
 from utils.metrics import CostLedger, MetricSums
 from utils.network import SparseNetwork
+from utils.norms import GateReader
 from utils.optimizer import FusedSGD
 from utils.plan import Plan
 from utils.pretrained import load_pretrained
@@ -274,4 +275,5 @@ def new_search(run: RunState, config: Config) -> SearchState:
         coin=generator(COIN_STREAM) if method.tosses else None,
         gauge=generator(GAUGE_STREAM) if config.sparsity.gauge_every else None,
         memory=first_memory(network.scores, config.sparsity) if method.draws_masks else None,
+        gate_reader=GateReader(network) if estimator_of(config.sparsity).reads_gates else None,
     )

@@ -256,7 +256,8 @@ class Estimator:
         gradient: (scores_U, masks_KU, losses, alpha, memory) -> (U,); losses are (K,), or (K - 1, 2) for "subbatch".
         fewest, most: how many masks it can use in a step.
         start: (scores_U) -> memory before the first step; None without memory, then `memory` is None everywhere.
-        update: (memory, masks_KU, losses) -> memory for the next step.
+        update: (memory, masks_KU, losses, gates) -> memory for the next step.
+        reads_gates: whether `update` needs the gates of the first mask; the others get None.
     """
 
     sample: Callable[[Tensor, torch.Generator, int], Tensor]
@@ -264,7 +265,8 @@ class Estimator:
     fewest: int = 2
     most: int | None = None
     start: Callable[[Tensor], Memory] | None = None
-    update: Callable[[Memory, Tensor, Tensor], Memory] | None = None
+    update: Callable[[Memory, Tensor, Tensor, Gates | None], Memory] | None = None
+    reads_gates: bool = False
 
 
 def _without_memory(gradient: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Callable[..., Tensor]:
@@ -275,6 +277,12 @@ def _without_memory(gradient: Callable[[Tensor, Tensor, Tensor, float], Tensor])
     return same_signature
 
 
+def _update_from_losses(
+    memory: LinearMemory, masks_KU: Tensor, losses_K: Tensor, gates: Gates | None = None
+) -> LinearMemory:
+    return update_linear(memory, masks_KU, losses_K)
+
+
 ESTIMATORS = {
     "vrpge": Estimator(sample_masks, _without_memory(vrpge_gradient)),
     "reinforce": Estimator(sample_masks, _without_memory(reinforce_gradient), fewest=1),
@@ -283,15 +291,18 @@ ESTIMATORS = {
         sample_masks,
         shrinkage_gradient,
         start=BaselineMemory.start,
-        update=lambda memory, _, losses_K: update_baseline(memory, losses_K),
+        update=lambda memory, masks_KU, losses_K, gates=None: update_baseline(memory, losses_K),
     ),
-    "linear_cv": Estimator(sample_masks, linear_cv_gradient, start=LinearMemory.start, update=update_linear),
+    "linear_cv": Estimator(sample_masks, linear_cv_gradient, start=LinearMemory.start, update=_update_from_losses),
+    "linear_cv_gates": Estimator(
+        sample_masks, linear_cv_gradient, start=LinearMemory.start, update=update_linear, reads_gates=True
+    ),
     "linear_cv_disarm": Estimator(
         sample_antithetic_pair,
         partial(linear_cv_gradient, base=disarm_gradient),
         most=2,
         start=LinearMemory.start,
-        update=update_linear,
+        update=_update_from_losses,
     ),
     "subbatch": Estimator(sample_masks, _without_memory(subbatch_gradient)),
 }

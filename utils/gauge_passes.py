@@ -16,10 +16,11 @@ from torch import Tensor
 
 from args import Config
 from data import DataSplits
-from trainers.default import forward_loss, part_losses
-from utils.estimators import ESTIMATORS, Memory
+from trainers.default import backward, forward_loss, part_losses
+from utils.estimators import ESTIMATORS, Gates, Memory
 from utils.masks import sample_antithetic_pair
 from utils.network import SparseNetwork
+from utils.norms import GateReader
 from utils.plan import Plan
 
 KINDS = ("independent", "antithetic", "parts")
@@ -36,6 +37,9 @@ class Batch(Protocol):
             in_parts: the first mask runs on the whole batch, the others on a part each.
         Returns: (K,), or in parts (K - 1, 2); multiply-adds per image, as a multiple of a dense forward pass.
         """
+
+    def gates(self, mask_U: Tensor) -> Gates:
+        """What a backward pass under the mask shows."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,13 @@ class NetworkBatch:
                 return torch.stack([loss for loss, _ in whole]), sum(costs)
             losses = part_losses(network, plans[1:], self.images, self.labels, whole[0][1], config)
         return losses, costs[0] + sum(costs[1:]) / len(plans[1:])
+
+    def gates(self, mask_U: Tensor) -> Gates:
+        plan = self.network.plan(mask_U.cpu().numpy())
+        backward(self.network, self._loss(plan)[0], self.network.weight_parameters(), len(self.labels))
+        gates = GateReader(self.network).read(plan)
+        self.network.clear_gradients()
+        return gates
 
     def _loss(self, plan: Plan) -> tuple[Tensor, Tensor]:
         return forward_loss(self.network, plan, self.images, self.labels, self.config.train, update_statistics=False)
@@ -160,7 +171,8 @@ def warm_memories(batches: Iterable[Batch], scores_U: Tensor, names: Iterable[st
         for kind in dict.fromkeys(map(kind_of, learning)):
             masks_KU = sample_kind(kind, scores_U, sources[kind], num_parts=0)
             losses_K = batch.run(masks_KU, in_parts=False)[0].to(scores_U.dtype)
-            for name in learning:
-                if kind_of(name) == kind:
-                    memories[name] = ESTIMATORS[name].update(memories[name], masks_KU, losses_K)
+            users = [name for name in learning if kind_of(name) == kind]
+            gates = batch.gates(masks_KU[0]) if any(ESTIMATORS[name].reads_gates for name in users) else None
+            for name in users:
+                memories[name] = ESTIMATORS[name].update(memories[name], masks_KU, losses_K, gates)
     return memories

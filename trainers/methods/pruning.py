@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from args import Config
 from trainers.methods.base import Method, best_units, check_budget
 from trainers.methods.uniform import uniform_mask
 from utils.errors import UserError
 from utils.network import SparseNetwork
+from utils.norms import NormBehind, norms_behind
 
 if TYPE_CHECKING:
     from trainers.state import RunState
@@ -92,32 +93,22 @@ def batch_norm_scales(network: SparseNetwork) -> Tensor:
     """|gamma| of the batch-norm that judges each unit, the mean over layers that share it: (U,) float64."""
     sums_U = torch.zeros(network.num_units, dtype=torch.float64, device=network.device)
     layers_U = torch.zeros_like(sums_U)
-    for name, (norm, first_channel) in judging_norms(network).items():
+    for name, norm in judging_norms(network).items():
         width = network.layers[name].out_channels
         units = slice(network.graph.first_unit[name], network.graph.first_unit[name] + width)
-        sums_U[units] += norm.weight.detach().double().abs()[first_channel : first_channel + width]
+        sums_U[units] += norm.module.weight.detach().double().abs()[norm.first_channel : norm.first_channel + width]
         layers_U[units] += 1
     return sums_U / layers_U
 
 
-def judging_norms(network: SparseNetwork) -> dict[str, tuple[nn.BatchNorm2d, int]]:
-    """For every maskable layer the first batch-norm behind it, and where its channels begin there.
+def judging_norms(network: SparseNetwork) -> dict[str, NormBehind]:
+    """For every maskable layer the first batch-norm behind it.
 
     Raises: UserError for a layer whose channels no batch-norm reads.
     """
-    norms = {}
-    graph = network.graph
-    for name, layer in network.layers.items():
-        reached = []
-        for op in graph.ops:
-            carried = op.kind not in ("conv", "linear") and any(reached[i] for i in op.inputs)
-            reached.append(op.module is layer or carried)
-            if carried and op.kind == "norm":
-                segments = graph.spaces[op.space].segments
-                place = [graph.first_unit[name] in segment.writers for segment in segments].index(True)
-                norms[name] = op.module, sum(segment.width for segment in segments[:place])
-                break
-        else:
+    norms = norms_behind(network)
+    for name in network.layers:
+        if name not in norms:
             raise UserError(
                 f"method slimming cannot judge the channels of layer {name}: no batch-norm reads them; pass another "
                 "--method or --arch"

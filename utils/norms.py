@@ -1,0 +1,87 @@
+"""The batch-norm behind each maskable layer, and what its gradients tell of the layer's units.
+
+Legend: U units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.estimators import Gates, gate_gradients
+from utils.network import SparseNetwork
+from utils.plan import Plan
+
+
+@dataclass(frozen=True)
+class NormBehind:
+    """The first batch-norm that reads the channels of a layer.
+
+    Attributes:
+        space: of the graph, the one that `module` normalises.
+        first_channel: where the layer's channels begin there.
+        alone: whether no other layer writes into these channels.
+    """
+
+    module: nn.BatchNorm2d
+    space: int
+    first_channel: int
+    alone: bool
+
+
+def norms_behind(network: SparseNetwork) -> dict[str, NormBehind]:
+    """By name of the maskable layer; one whose channels no batch-norm reads is left out."""
+    norms, graph = {}, network.graph
+    for name, layer in network.layers.items():
+        first_unit, reached = graph.first_unit[name], []
+        for op in graph.ops:
+            carried = op.kind not in ("conv", "linear") and any(reached[i] for i in op.inputs)
+            reached.append(op.module is layer or carried)
+            if carried and op.kind == "norm":
+                segments = graph.spaces[op.space].segments
+                place = [first_unit in segment.writers for segment in segments].index(True)
+                first_channel = sum(segment.width for segment in segments[:place])
+                norms[name] = NormBehind(op.module, op.space, first_channel, segments[place].writers == {first_unit})
+                break
+    return norms
+
+
+class GateReader:
+    """Reads the gradients of gates that multiply units behind their batch-norms (see `gate_gradients`).
+
+    Units that share their channels with another layer, or have no batch-norm behind them, are never observed.
+    """
+
+    def __init__(self, network: SparseNetwork) -> None:
+        self.network = network
+        self.norms = {name: norm for name, norm in norms_behind(network).items() if norm.alone}
+        self._places()
+
+    def _places(self) -> None:
+        """Where the stored units of each layer are: among all units, and in the tensors of its norm."""
+        network, self._made_for = self.network, self.network.stored
+        self.places: list[tuple[nn.BatchNorm2d, Tensor, Tensor]] = []
+        self.readable_U = np.zeros(network.num_units, dtype=bool)
+        for name, norm in self.norms.items():
+            width, first_unit = network.layers[name].out_channels, network.graph.first_unit[name]
+            stored_C = np.ones(network.graph.spaces[norm.space].width, dtype=bool)
+            if network.stored is not None:
+                stored_C = network.stored[norm.space]
+            channels = np.flatnonzero(stored_C[norm.first_channel : norm.first_channel + width])
+            before = int(stored_C[: norm.first_channel].sum())
+            units = torch.from_numpy(first_unit + channels).to(network.device)
+            self.places.append((norm.module, units, before + torch.arange(len(channels), device=network.device)))
+            self.readable_U[first_unit + channels] = True
+
+    def read(self, plan: Plan) -> Gates:
+        """After the backward pass of `plan`, before its gradients are clipped."""
+        if self._made_for is not self.network.stored:
+            self._places()
+        gradients_U = torch.zeros_like(self.network.scores.detach())
+        for norm, units, channels in self.places:
+            gradients_U[units] += gate_gradients(norm)[channels].to(gradients_U.dtype)  # tied layers share units
+        observed_U = torch.from_numpy(plan.mask_U & self.readable_U).to(self.network.device)
+        return Gates(gradients_U, observed_U)
