@@ -509,7 +509,7 @@ def test_a_real_run_is_found_by_its_own_config(tmp_path, monkeypatch, tiny_image
 @pytest.mark.parametrize("path", sorted((PROJECT / "configs/tables").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_tables_of_the_project_are_valid(path):
     table = read_table(path)
-    assert len(table.seeds) >= 3
+    assert table.judge == "heldout" or len(table.seeds) >= 3
     for row in table.rows.values():
         matched = table.rows.get(row.flops_of)
         if matched is not None:  # a fair comparison: as many epochs on the same images

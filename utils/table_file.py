@@ -34,7 +34,7 @@ from utils.errors import UserError
 
 KEYS = ("title", "note", "base", "seeds", "dense", "rows", "compare", "judge")
 NEEDED = ("title", "seeds", "dense", "rows")
-JUDGES = ("test", "heldout")  # a table whose rows are chosen from must not look at test images
+JUDGES = ("test", "heldout")  # test images must choose nothing: a table to choose from needs held-out ones
 
 # What a run is told by whoever starts it; a table may not say it.
 DECIDED_ELSEWHERE = ("config", "name", "log_dir", "seed", "resume", "evaluate", "print_config", "dry_run")
