@@ -33,9 +33,11 @@ ARCHS = (
 METHODS = ("vrpge", "dense", "thin", "random", "coin", "l1", "slimming", "sfp", "gumbel")
 ESTIMATORS = (
     *("vrpge", "reinforce", "disarm", "shrinkage", "linear_cv", "linear_cv_gates", "linear_cv_disarm", "subbatch"),
+    "taylor",
 )
 PAIR_ESTIMATORS = ("disarm", "linear_cv_disarm")  # two masks a step
-LEARNING_ESTIMATORS = ("shrinkage", "linear_cv", "linear_cv_gates", "linear_cv_disarm")  # with memory of earlier steps
+GATE_ESTIMATORS = ("linear_cv_gates", "taylor")  # read the gradients of one backward pass
+LEARNING_ESTIMATORS = ("shrinkage", "linear_cv", "linear_cv_disarm", *GATE_ESTIMATORS)  # with memory of earlier steps
 ONE_PHASE = ("dense", "thin", "random")  # methods without a search: one schedule over all epochs
 INITS = ("kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal")
 NOT_A_PERCENTAGE = "it is a fraction, not a percentage"
@@ -177,13 +179,18 @@ class SparsityConfig:
         hint=NOT_A_PERCENTAGE,
         default_text="keep_ratio; 1 with budget_schedule cubic",
     )
-    K: int = option(2, "masks drawn a step", within="[2, 64]")
+    K: int = option(2, "masks drawn a step; 1 with estimator taylor", within="[1, 64]")
     weight_samples: int = option(1, "how many of the K masks feed the weight gradient; at most K", within="[1, 64]")
     alpha: float = option(0.5, "exponent of the estimator's preconditioner", within="[0.5, 1)")
     estimator: str = option(
         "vrpge",
         "how the gradient of the scores is estimated, see docs/estimators.md; subbatch is asked for by --subbatch N",
         choices=ESTIMATORS,
+    )
+    score_gradient: str = option(
+        "raw",
+        "tangent: without its part across the budget, which the projection takes back but Adam scales up; raw: with it",
+        choices=("raw", "tangent"),
     )
     constrain_by_layer: bool = option(False, "a budget per layer instead of one for all")
     semantics: str = option(
@@ -359,7 +366,10 @@ MASKING_KEYS = {field.name for group in (SparsityConfig, FinetuneConfig) for fie
 MASKING_KEYS -= {"method", "finetune", "finetune_epochs"}  # the last two say for how many epochs it trains
 
 # What trains scores and chooses among subnets drawn from them.
-POLICY_KEYS = {"K", "weight_samples", "alpha", "estimator", "score_every", "gauge_every", "subbatch", "rank_masks"}
+POLICY_KEYS = {
+    *("K", "weight_samples", "alpha", "estimator", "score_gradient", "score_every", "gauge_every", "subbatch"),
+    "rank_masks",
+}
 SCORE_KEYS = POLICY_KEYS | {
     *("score_init_constant", "budget_schedule", "budget_start", "budget_end", "num_subnets"),
     *("sample_from_training_set", "optimizer", "score_lr", "clip_jointly"),
@@ -425,8 +435,12 @@ def config_from_dict(flat: Mapping[str, object], where: str) -> Config:
 def _by_both_names(given: dict[str, Setting]) -> dict[str, Setting]:
     """What one place gives, and the other name of what has two.
 
-    With `method` comes the `conv_type` that goes with it, or the other way round; with `subbatch` the estimator.
+    With `method` comes the `conv_type` that goes with it, or the other way round; with `subbatch` the estimator; with
+    estimator taylor K 1.
     """
+    estimator = given.get("estimator")
+    if estimator and estimator.value == "taylor" and "K" not in given:
+        given = given | {"K": Setting(1, estimator.where)}
     subbatch = given.get("subbatch")
     if subbatch and subbatch.value and "estimator" not in given:
         given = given | {"estimator": Setting("subbatch", subbatch.where)}
@@ -518,7 +532,12 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
             f"{told('estimator')} learns from losses under masks that all processes share, got {told('rank_masks')}; "
             "leave one of them out"
         )
-    if sparsity.estimator == "linear_cv_gates" and sparsity.weight_samples != 1:
+    if (sparsity.estimator == "taylor") != (sparsity.K == 1):
+        raise UserError(
+            f"{told('estimator')} and {told('K')} contradict each other: estimator taylor compares no masks and draws "
+            "one, the others two or more; leave K out"
+        )
+    if sparsity.estimator in GATE_ESTIMATORS and sparsity.weight_samples != 1:
         raise UserError(
             f"{told('estimator')} reads the gradients of one mask, so it needs weight_samples 1, got "
             f"{told('weight_samples')}; leave one of them out"

@@ -48,7 +48,8 @@ def test_gates_are_slopes_of_the_loss(kind, execution):
     images, labels = batch()
     backward(network, loss_of(network, mask_U, images, labels), network.weight_parameters(), len(labels))
     plan = network.plan(mask_U)
-    gradients_U, observed_U = reader.read(plan)
+    gradients_U, observed_U, num_images = reader.read(plan, len(labels))
+    assert num_images == len(labels)
     num_observed = 0
     for name, layer in network.layers.items():
         first = network.graph.first_unit[name]
@@ -75,7 +76,8 @@ def test_gates_of_a_network_with_retired_units(stream):
     mask_U = network.stored_units & (random.random(network.num_units) < 0.7)
     backward(network, loss_of(network, mask_U, images, labels), network.weight_parameters(), len(labels))
     plan = network.plan(mask_U)
-    gradients_U, observed_U = reader.read(plan)
+    gradients_U, observed_U, num_images = reader.read(plan, len(labels))
+    assert num_images == len(labels)
     assert np.array_equal(observed_U.numpy(), plan.mask_U)
     layers_of = {}
     for name, layer in network.layers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -29,6 +30,7 @@ from trainers.default import (
     calculateGrad,
     draw_masks,
     project_scores_,
+    remove_normal_,
     train_step,
     weight_step,
 )
@@ -461,3 +463,44 @@ def test_a_weight_step_of_a_fixed_subnet(execution):
     torch.testing.assert_close(result["loss"], loss.detach() * len(labels), **EXACT)
     for name, norm_layer in network.batch_norms().items():
         assert torch.equal(norm_layer.running_mean, by_hand.batch_norms()[name].running_mean)
+
+
+# --- the tangent of the budget --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("by_layer", "budget"), [(False, "channels"), (True, "channels"), (False, "flops")])
+def test_the_tangent_part_of_a_gradient_changes_no_cost(by_layer, budget):
+    network = search_state(kind="mixed").network
+    generator = torch.Generator().manual_seed(5)
+    network.scores.data[[0, 3]] = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    free = (network.scores.data > 0) & (network.scores.data < 1)
+    gradient = torch.randn(network.num_units, generator=generator, dtype=torch.float64) * free - 2.0 * free
+    network.scores.grad = gradient.clone()
+    remove_normal_(network, by_layer, budget)
+    tangent = network.scores.grad
+    assert (tangent[~free] == 0).all()
+    if budget == "channels":
+        costs = [lambda scores, group=group: float(scores[group].sum()) for group in network.unit_groups()]
+        costs = costs if by_layer else [lambda scores: float(scores.sum())]
+    else:
+        costs = [lambda scores: network.expected_cost(budget)(scores.numpy()) / 1e3]
+    scores, step = network.scores.data, 1e-6
+    for cost in costs:
+        ahead, behind = cost(scores - step * tangent), cost(scores + step * tangent)
+        assert abs(ahead - behind) / step < 1e-6 * abs(cost(scores - step * gradient) - cost(scores)) / step
+    removed = gradient - tangent
+    assert float(removed @ tangent) == pytest.approx(0, abs=1e-9)  # what is left is the nearest such gradient
+
+
+def test_a_step_takes_the_tangent_if_asked():
+    state, raw = search_state(), search_state()
+    images, labels = batch()
+    settings = dataclasses.replace(STEP, score_lr=0.0)
+    train_step(raw, images, labels, settings, config())
+    options = config()
+    options = dataclasses.replace(options, sparsity=dataclasses.replace(options.sparsity, score_gradient="tangent"))
+    train_step(state, images, labels, settings, options)
+    scores = raw.network.scores
+    assert raw.network.scores.grad.abs().max() > 0
+    expected = scores.grad - scores.grad.mean()
+    torch.testing.assert_close(state.network.scores.grad, expected, **EXACT)

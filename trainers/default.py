@@ -188,6 +188,29 @@ def project_scores_(network: SparseNetwork, kept_fraction: float, by_layer: bool
     return torch.stack(thresholds).max()
 
 
+def remove_normal_(network: SparseNetwork, by_layer: bool, budget: str = "channels") -> None:
+    """Takes from `scores.grad` its part across the budget, over the scores between 0 and 1 that it can move.
+
+    That part changes what all units cost together, and the projection sets this anyway. Where keeping any unit helps,
+    it is most of the gradient, and Adam, which scales every coordinate by its own size, would see little else.
+
+    Source: projected gradients; ours here.
+    """
+    gradient, scores = network.scores.grad, network.scores.data
+    free = (scores > 0) & (scores < 1)
+    if budget != "channels":
+        _, normal = network.expected_cost(budget).with_gradient(scores.double().cpu().numpy())
+        normals = [torch.from_numpy(normal).to(gradient) * free]
+    else:
+        groups = network.unit_groups() if by_layer else [slice(None)]
+        normals = [torch.zeros_like(gradient) for _ in groups]
+        for normal, group in zip(normals, groups, strict=True):
+            normal[group] = free[group].to(gradient.dtype)
+    for normal in normals:
+        square = normal @ normal
+        gradient.sub_(normal * (gradient @ normal / square.masked_fill(square <= 0, 1.0)))
+
+
 def forward_loss(
     network: SparseNetwork, plan: Plan, images: Tensor, labels: Tensor, config: Any, update_statistics: bool
 ) -> tuple[Tensor, Tensor]:
@@ -230,11 +253,13 @@ def train_step(
     elif settings.update_scores:
         losses_K = torch.stack([loss.detach() for loss in losses])
         losses_K = score_gradient_(scores, draw.masks_KU, losses_K, size, sparsity, state.coin, state.memory)
-        difference = (losses_K[0] - losses_K[1]).abs()
+        difference = (losses_K[0] - losses_K[min(1, len(losses_K) - 1)]).abs()
     else:
         difference = torch.zeros_like(weight_loss)
+    if scores.grad is not None and sparsity.score_gradient == "tangent":
+        remove_normal_(network, sparsity.constrain_by_layer, sparsity.budget)
     if config.train.clip_jointly:  # one norm over both couples the steps, so backward has to come first
-        gates = chain_rule(state, weight_loss, size)
+        gates = chain_rule(state, weight_loss, config, size)
         torch.nn.utils.clip_grad_norm_([*weights, scores], config.train.clip_norm)
     else:
         torch.nn.utils.clip_grad_norm_([scores], config.train.clip_norm)
@@ -245,7 +270,7 @@ def train_step(
 
     # weight step: chain rule through the kept channels; a GPU works on it while the host plans the next passes
     if not config.train.clip_jointly:
-        gates = chain_rule(state, weight_loss, size)
+        gates = chain_rule(state, weight_loss, config, size)
         torch.nn.utils.clip_grad_norm_(weights, config.train.clip_norm)
     state.weight_optimizer.step()
     if state.memory is not None and settings.update_scores:  # the estimate of this step must not depend on it
@@ -256,10 +281,11 @@ def train_step(
     return dict(zip(sums, summed(*sums.values()), strict=True))
 
 
-def chain_rule(state: SearchState, loss: Tensor, num_images: int) -> Gates | None:
+def chain_rule(state: SearchState, loss: Tensor, config: Any, num_images: int) -> Gates | None:
     """Gradients of all weights, and what an estimator may want to know of them before they are clipped."""
     backward(state.network, loss, state.network.weight_parameters(), num_images)
-    return None if state.gate_reader is None else state.gate_reader.read(state.draw.plans[0])
+    reader = state.gate_reader
+    return None if reader is None else reader.read(state.draw.plans[0], config.train.batch_size)
 
 
 def num_drawing_ranks(sparsity: Any) -> int:

@@ -21,7 +21,7 @@ from utils.masks import sample_antithetic_pair, sample_masks
 
 BASELINE_RATE = 0.02  # 50 steps: short enough to follow the loss down, long enough for two variances
 FIT_RATE = 0.01  # of the scale beta, one number
-GATE_RATE = 0.02  # of gate gradients, whose noise is that of one batch
+GATE_RATE = 0.02  # of gate gradients and their squares, whose noise is that of one batch
 # of the regression on loss differences. It is stable below 2; the noise that it learns along is rate / (2 - rate) of
 # what no linear function explains, 11 per cent here; it forgets in the order of U / rate steps
 REGRESSION_RATE = 0.2
@@ -133,8 +133,12 @@ class LinearMemory:
     @property
     def scale(self) -> Tensor:
         """() beta in [0, 1], the fitted trust in the effects; 0 is the estimator without them."""
-        nothing = self.power <= 0
-        return (self.covariance / self.power.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0).clamp(0, 1)
+        return _trust(self.covariance, self.power)
+
+
+def _trust(covariance: Tensor, power: Tensor) -> Tensor:
+    nothing = power <= 0
+    return (covariance / power.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0).clamp(0, 1)
 
 
 def linear_cv_gradient(
@@ -142,7 +146,7 @@ def linear_cv_gradient(
     masks_KU: Tensor,
     losses_K: Tensor,
     alpha: float,
-    memory: LinearMemory,
+    memory: LinearMemory | GateMemory,
     base: Callable[[Tensor, Tensor, Tensor, float], Tensor] = vrpge_gradient,
 ) -> Tensor:
     """Score gradient of what a linear forecast of the losses leaves over, plus that of the forecast, which is exact.
@@ -174,23 +178,10 @@ def linear_cv_gradient(
     return exact_U + base(scores_U, masks_KU, left_over_K, alpha)
 
 
-class Gates(NamedTuple):
-    """Gradients of gates at 1 that multiply units, from the backward pass of a step.
-
-    Attributes:
-        gradients_U: (U,), anything where not observed.
-        observed_U: (U,) bool: kept by the mask of that pass, and with a batch-norm of its own.
-    """
-
-    gradients_U: Tensor
-    observed_U: Tensor
-
-
-def update_linear(memory: LinearMemory, masks_KU: Tensor, losses_K: Tensor, gates: Gates | None = None) -> LinearMemory:
+def update_linear(memory: LinearMemory, masks_KU: Tensor, losses_K: Tensor) -> LinearMemory:
     """The memory after a step, for its next estimate.
 
-    With gates, effects are their running mean: little noise, but the slope at 1 is not the effect of dropping, and a
-    unit is seen only while it is kept. Without, they follow the loss differences by normalised least mean squares,
+    Effects follow the loss differences by normalised least mean squares,
 
         effects += rate * e (m - m') / |m - m'|^2,    e = (L - L') - sum_j effects_j (m_j - m'_j)
 
@@ -201,33 +192,46 @@ def update_linear(memory: LinearMemory, masks_KU: Tensor, losses_K: Tensor, gate
     Args:
         masks_KU: (K, U) bool, the masks of the step, in whichever coupling.
         losses_K: (K,) the mean loss of the batch under each.
-        gates: what the backward pass of the step showed; None to learn from the losses.
     Source: ours; least mean squares is textbook.
     """
-    dtype = memory.effects_U.dtype
-    losses_K = losses_K.detach().to(dtype)
-    losses_K = losses_K - losses_K.mean()
-    forecast_K = _forecast(masks_KU, memory.effects_U)
-    forecast_K = forecast_K - forecast_K.mean()
-    if gates is None:
-        masks_KU = masks_KU.to(dtype)
-        differences_KU = masks_KU - masks_KU.mean(dim=0)
-        size = (differences_KU**2).sum()
-        step_U = (losses_K - forecast_K) @ differences_KU / size.masked_fill(size <= 0, 1.0)
-        effects_U = memory.effects_U + REGRESSION_RATE * step_U
-    else:
-        followed_U = torch.lerp(memory.effects_U, gates.gradients_U.detach().to(dtype), GATE_RATE)
-        effects_U = torch.where(gates.observed_U, followed_U, memory.effects_U)
-    return LinearMemory(
-        effects_U=effects_U,
-        covariance=torch.lerp(memory.covariance, (losses_K * forecast_K).sum(), FIT_RATE),
-        power=torch.lerp(memory.power, (forecast_K**2).sum(), FIT_RATE),
-    )
+    losses_K, forecast_K = _centred(masks_KU, losses_K, memory.effects_U)
+    masks_KU = masks_KU.to(forecast_K.dtype)
+    differences_KU = masks_KU - masks_KU.mean(dim=0)
+    size = (differences_KU**2).sum()
+    step_U = (losses_K - forecast_K) @ differences_KU / size.masked_fill(size <= 0, 1.0)
+    return LinearMemory(memory.effects_U + REGRESSION_RATE * step_U, *_fitted(memory, losses_K, forecast_K))
+
+
+def _centred(masks_KU: Tensor, losses_K: Tensor, effects_U: Tensor) -> tuple[Tensor, Tensor]:
+    """(K,) losses and what the effects forecast for them, both minus their means: as they differ between the masks."""
+    losses_K = losses_K.detach().to(effects_U.dtype)
+    forecast_K = _forecast(masks_KU, effects_U)
+    return losses_K - losses_K.mean(), forecast_K - forecast_K.mean()
+
+
+def _fitted(memory: LinearMemory | GateMemory, losses_K: Tensor, forecast_K: Tensor) -> tuple[Tensor, Tensor]:
+    """`covariance` and `power` after a step."""
+    covariance = torch.lerp(memory.covariance, (losses_K * forecast_K).sum(), FIT_RATE)
+    return covariance, torch.lerp(memory.power, (forecast_K**2).sum(), FIT_RATE)
 
 
 def _forecast(masks_KU: Tensor, effects_U: Tensor) -> Tensor:
     """(K,) sum_j effects_j m_kj up to a constant: units on which the masks agree leave no rounding noise."""
     return ((masks_KU.to(effects_U.dtype) - masks_KU[0].to(effects_U.dtype)) * effects_U).sum(dim=1)
+
+
+class Gates(NamedTuple):
+    """Gradients of gates at 1 that multiply units, from the backward pass of a step.
+
+    Attributes:
+        gradients_U: (U,), anything where not observed.
+        observed_U: (U,) bool: kept by the mask of that pass, and with a batch-norm of its own.
+        num_images: of the batch, over whose losses the gradients are a mean.
+    """
+
+    gradients_U: Tensor
+    observed_U: Tensor
+    num_images: int
 
 
 def gate_gradients(norm: nn.BatchNorm2d) -> Tensor:
@@ -244,7 +248,92 @@ def gate_gradients(norm: nn.BatchNorm2d) -> Tensor:
     return (norm.weight * norm.weight.grad + norm.bias * norm.bias.grad).detach()
 
 
-Memory = BaselineMemory | LinearMemory
+@dataclass(frozen=True)
+class GateMemory:
+    """What `taylor_gradient` remembers: `vars(memory)` are plain tensors for a checkpoint.
+
+    Attributes:
+        num_seen_U: (U,) steps in which the unit was observed.
+        slope_U: (U,) running mean of the gate's gradient.
+        curvature_U: (U,) running mean of its square over *examples*, which stands for its second derivative.
+        covariance, power: as in `LinearMemory`.
+    """
+
+    num_seen_U: Tensor
+    slope_U: Tensor
+    curvature_U: Tensor
+    covariance: Tensor
+    power: Tensor
+
+    @classmethod
+    def start(cls, scores_U: Tensor) -> GateMemory:
+        return cls(*(torch.zeros_like(scores_U) for _ in range(3)), scores_U.new_zeros(()), scores_U.new_zeros(()))
+
+    @property
+    def effects_U(self) -> Tensor:
+        """(U,) change of the loss when a kept unit is dropped, to second order, with the sign of keeping it.
+
+        L(1) - L(0) = dL/dgate - 1/2 d2L/dgate2 + ...,    d2L/dgate2 = E (dl/dgate)^2 for a loss that is a -log p
+        """
+        return self.slope_U - self.curvature_U / 2
+
+    @property
+    def scale(self) -> Tensor:
+        """() as that of `LinearMemory`."""
+        return _trust(self.covariance, self.power)
+
+
+def taylor_gradient(scores_U: Tensor, masks_KU: Tensor, losses_K: Tensor, alpha: float, memory: GateMemory) -> Tensor:
+    """Score gradient from what earlier backward passes say of dropping each unit: no second forward pass.
+
+        g = (s (1 - s))^alpha * (slope - curvature / 2)
+
+    Biased: it is the gradient of the second-order expansion around the kept unit, with the Fisher information for the
+    curvature. Its noise is that of a running mean, next to which that of every unbiased estimate here is enormous.
+
+    Args:
+        scores_U: (U,) in [0, 1].
+        masks_KU, losses_K: not read.
+        alpha: exponent of the preconditioner, in [0.5, 1).
+        memory: of earlier steps.
+    Returns: (U,), dtype of the scores; exactly 0 where a score is exactly 0 or 1, or a unit was never observed.
+    Cost: one forward pass, and the backward pass of the weights.
+    Source: ours. Parts: the expansion, Theis, Korshunova, Tejani, Huszar, "Faster gaze prediction with dense networks
+        and Fisher pruning", arXiv 1801.05787, and Molchanov et al. (see `gate_gradients`).
+    """
+    preconditioner_U, saturated_U = variance_power(scores_U, alpha)
+    return (preconditioner_U * memory.effects_U).masked_fill(saturated_U, 0.0)
+
+
+def update_gates(memory: GateMemory, masks_KU: Tensor, losses_K: Tensor, gates: Gates) -> GateMemory:
+    """The memory after a step, for its next estimate.
+
+    A batch shows the mean of its examples' gradients only, but this varies from batch to batch by 1 / B of what they
+    vary: E (dl/dgate)^2 = B * variance + slope^2. That masks vary too makes the curvature a little too large.
+
+    Args:
+        masks_KU: (K, U) bool, the masks of the step.
+        losses_K: (K,) the mean loss of the batch under each.
+        gates: what the backward pass of the first one showed.
+    Source: ours.
+    """
+    gradients_U = torch.where(gates.observed_U, gates.gradients_U.detach().to(memory.slope_U.dtype), memory.slope_U)
+    num_seen_U = memory.num_seen_U + gates.observed_U
+    # plain means at first, so nothing recalls the zeros of the start; the first time has no mean to differ from
+    rate_U = (1 / num_seen_U.clamp(min=1)).clamp(min=GATE_RATE) * gates.observed_U
+    late_rate_U = (1 / (num_seen_U - 1).clamp(min=1)).clamp(min=GATE_RATE) * (gates.observed_U & (num_seen_U > 1))
+    slope_U = torch.lerp(memory.slope_U, gradients_U, rate_U)
+    squares_U = gates.num_images * (gradients_U - memory.slope_U) ** 2 + memory.slope_U**2
+    losses_K, forecast_K = _centred(masks_KU, losses_K, memory.effects_U)
+    return GateMemory(
+        num_seen_U,
+        slope_U,
+        torch.lerp(memory.curvature_U, squares_U, late_rate_U),
+        *_fitted(memory, losses_K, forecast_K),
+    )
+
+
+Memory = BaselineMemory | LinearMemory | GateMemory
 
 
 @dataclass(frozen=True)
@@ -258,6 +347,7 @@ class Estimator:
         start: (scores_U) -> memory before the first step; None without memory, then `memory` is None everywhere.
         update: (memory, masks_KU, losses, gates) -> memory for the next step.
         reads_gates: whether `update` needs the gates of the first mask; the others get None.
+        biased: whether its mean is not the gradient of the expected loss.
     """
 
     sample: Callable[[Tensor, torch.Generator, int], Tensor]
@@ -267,6 +357,7 @@ class Estimator:
     start: Callable[[Tensor], Memory] | None = None
     update: Callable[[Memory, Tensor, Tensor, Gates | None], Memory] | None = None
     reads_gates: bool = False
+    biased: bool = False
 
 
 def _without_memory(gradient: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Callable[..., Tensor]:
@@ -295,7 +386,7 @@ ESTIMATORS = {
     ),
     "linear_cv": Estimator(sample_masks, linear_cv_gradient, start=LinearMemory.start, update=_update_from_losses),
     "linear_cv_gates": Estimator(
-        sample_masks, linear_cv_gradient, start=LinearMemory.start, update=update_linear, reads_gates=True
+        sample_masks, linear_cv_gradient, start=GateMemory.start, update=update_gates, reads_gates=True
     ),
     "linear_cv_disarm": Estimator(
         sample_antithetic_pair,
@@ -305,4 +396,14 @@ ESTIMATORS = {
         update=_update_from_losses,
     ),
     "subbatch": Estimator(sample_masks, _without_memory(subbatch_gradient)),
+    "taylor": Estimator(
+        sample_masks,
+        taylor_gradient,
+        fewest=1,
+        most=1,
+        start=GateMemory.start,
+        update=update_gates,
+        reads_gates=True,
+        biased=True,
+    ),
 }

@@ -83,7 +83,7 @@ class NetworkBatch:
     def gates(self, mask_U: Tensor) -> Gates:
         plan = self.network.plan(mask_U.cpu().numpy())
         backward(self.network, self._loss(plan)[0], self.network.weight_parameters(), len(self.labels))
-        gates = GateReader(self.network).read(plan)
+        gates = GateReader(self.network).read(plan, len(self.labels))
         self.network.clear_gradients()
         return gates
 

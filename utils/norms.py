@@ -76,12 +76,12 @@ class GateReader:
             self.places.append((norm.module, units, before + torch.arange(len(channels), device=network.device)))
             self.readable_U[first_unit + channels] = True
 
-    def read(self, plan: Plan) -> Gates:
-        """After the backward pass of `plan`, before its gradients are clipped."""
+    def read(self, plan: Plan, num_images: int) -> Gates:
+        """After the backward pass of `plan`, before gradients are clipped; `num_images` are those of all ranks."""
         if self._made_for is not self.network.stored:
             self._places()
         gradients_U = torch.zeros_like(self.network.scores.detach())
         for norm, units, channels in self.places:
             gradients_U[units] += gate_gradients(norm)[channels].to(gradients_U.dtype)  # tied layers share units
         observed_U = torch.from_numpy(plan.mask_U & self.readable_U).to(self.network.device)
-        return Gates(gradients_U, observed_U)
+        return Gates(gradients_U, observed_U, num_images)
