@@ -189,7 +189,7 @@ class SparsityConfig:
     )
     score_gradient: str = option(
         "raw",
-        "tangent: without its part across the budget, which the projection takes back but Adam scales up; raw: with it",
+        "raw; tangent: without the part that would exceed the budget, which the projection undoes but Adam scales up",
         choices=("raw", "tangent"),
     )
     constrain_by_layer: bool = option(False, "a budget per layer instead of one for all")
@@ -218,7 +218,7 @@ class SparsityConfig:
     )
     gauge_every: int = option(
         0,
-        "measure the share of signal in the scores' gradient every this many steps, for two more passes; 0: never",
+        "measure the share of signal in the scores' gradient every this many steps, for K more passes; 0: never",
         within="[0, inf)",
     )
     subbatch: int = option(
@@ -410,7 +410,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     path = flags["config"].value if "config" in flags else None
     file = _by_both_names(resolve(OPTIONS, read_yaml(path))) if path else {}
 
-    given = {**file, **flags}
+    given = _with_one_mask({**file, **flags})
     origin = {key: "command line" if key in flags else "file" if key in file else "default" for key in OPTIONS}
     config = assemble(Config, {key: setting.value for key, setting in given.items()})
     if config.run.resume is None:
@@ -426,21 +426,25 @@ def config_from_dict(flat: Mapping[str, object], where: str) -> Config:
         flat: plain Python values by key, as `config_to_dict` returns them.
         where: what messages call the dictionary, such as the path of a checkpoint.
     """
-    settings = _by_both_names(resolve(OPTIONS, read_dict(flat, where)))
+    settings = _with_one_mask(_by_both_names(resolve(OPTIONS, read_dict(flat, where))))
     config = assemble(Config, {key: setting.value for key, setting in settings.items()})
     check_together(config, dict.fromkeys(settings, where))
     return config
 
 
+def _with_one_mask(given: dict[str, Setting]) -> dict[str, Setting]:
+    """All that is given, and the K that goes with estimator taylor, unless it is."""
+    estimator = given.get("estimator")
+    if estimator and estimator.value == "taylor" and "K" not in given:
+        return given | {"K": Setting(1, estimator.where)}
+    return given
+
+
 def _by_both_names(given: dict[str, Setting]) -> dict[str, Setting]:
     """What one place gives, and the other name of what has two.
 
-    With `method` comes the `conv_type` that goes with it, or the other way round; with `subbatch` the estimator; with
-    estimator taylor K 1.
+    With `method` comes the `conv_type` that goes with it, or the other way round; with `subbatch` the estimator.
     """
-    estimator = given.get("estimator")
-    if estimator and estimator.value == "taylor" and "K" not in given:
-        given = given | {"K": Setting(1, estimator.where)}
     subbatch = given.get("subbatch")
     if subbatch and subbatch.value and "estimator" not in given:
         given = given | {"estimator": Setting("subbatch", subbatch.where)}
@@ -541,6 +545,21 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
         raise UserError(
             f"{told('estimator')} reads the gradients of one mask, so it needs weight_samples 1, got "
             f"{told('weight_samples')}; leave one of them out"
+        )
+    if sparsity.estimator in GATE_ESTIMATORS and method == "coin":
+        raise UserError(
+            f"{told('estimator')} learns from gradients, which no coin tosses, so {told('method')} would be no "
+            "control; leave one of them out"
+        )
+    if sparsity.estimator in GATE_ESTIMATORS and sparsity.semantics == "released":
+        raise UserError(
+            f"{told('estimator')} reads gates behind batch-norm, but with {told('semantics')} a dropped unit leaves "
+            "the shift of its batch-norm; leave one of them out"
+        )
+    if sparsity.gauge_every and sparsity.estimator == "taylor":
+        raise UserError(
+            f"{told('gauge_every')} compares estimates from two draws, but {told('estimator')} reads no masks; leave "
+            "one of them out"
         )
     if sparsity.subbatch and (sparsity.K, sparsity.weight_samples) != (2, 1):
         raise UserError(

@@ -271,6 +271,13 @@ def test_a_file_that_cannot_be_read(tmp_path):
         ("--alpha 0.49", "alpha must be in [0.5, 1), got 0.49"),
         ("--K 0", "K must be in [1, 64], got 0"),
         ("--K 1", "estimator vrpge (default) and K 1 (command line) contradict each other"),
+        ("--estimator taylor --K 2", "estimator taylor (command line) and K 2 (command line) contradict each other"),
+        ("--estimator taylor --gauge-every 5", "gauge_every 5 (command line) compares estimates from two draws"),
+        ("--estimator taylor --method coin", "estimator taylor (command line) learns from gradients, which no coin"),
+        (
+            "--estimator linear_cv_gates --semantics released --execution masked",
+            "leaves the shift of its batch-norm; leave one",
+        ),
         ("--K 65", "K must be in [1, 64], got 65"),
         ("--weight-samples 0", "weight_samples must be in [1, 64], got 0"),
         ("--workers 65", "workers must be in [0, 64], got 65"),

@@ -39,8 +39,9 @@ from tests.test_estimators import (
     vector,
 )
 from tests.toy import PlainNet, batch, config, one_thread, plain_net, sparse_network  # noqa: F401
-from trainers.default import StepSettings, train_step
+from trainers.default import StepSettings, draw_masks, how_to_draw, train_step
 from trainers.methods import method_of
+from trainers.retirement import retire
 from trainers.session import load_data
 from trainers.state import RunState, new_run
 from utils import checkpoint, gauge
@@ -313,10 +314,11 @@ def test_the_program_measures_all_checkpoints_of_the_search_and_changes_nothing(
     for entry in written["checkpoints"]:
         assert list(entry["estimators"]) == list(ESTIMATORS)
         assert entry["epoch"] == 3
-        for figures in entry["estimators"].values():
+        for name, figures in entry["estimators"].items():
             assert set(figures) == {*FIGURES, "cost"}
-            assert figures["variance"]["value"] > 0
+            assert figures["variance"]["value"] > 0 or name == "taylor"
             assert 0.2 < figures["cost"] < 1
+        assert entry["estimators"]["taylor"]["variance"]["value"] == 0
     assert written["checkpoints"][0]["estimators"] == written["checkpoints"][1]["estimators"]  # equal networks
 
     picture = ElementTree.parse(finished_run / "gauge" / "gauge.svg").getroot()
@@ -455,6 +457,39 @@ def test_a_step_makes_the_estimate_from_earlier_steps_and_then_learns(name):
             assert not torch.allclose(wrong, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("jointly", [False, True])
+def test_gates_are_read_before_gradients_are_clipped(jointly):
+    memories = []
+    for clip_norm in (1e9, 1e-6):
+        run, settings = training_run(estimator="taylor", clip_norm=clip_norm, clip_jointly=jointly)
+        take_steps(run, settings, first=0, count=1)
+        memories.append(run.search.memory.slope_U)
+    assert memories[0].abs().max() > 1e-4
+    assert torch.equal(*memories)
+
+
+@pytest.mark.parametrize("name", ["linear_cv_gates", "taylor"])
+def test_gates_go_on_when_units_retire(name):
+    """The same with retired units as with all of them: their gates would never be seen again."""
+    runs = [training_run(estimator=name) for _ in range(2)]
+    for (run, settings), retires in zip(runs, (False, True), strict=True):
+        run.network.scores.data[::4] = 0
+        run.search.draw = draw_masks(run.network, run.search.generator, *how_to_draw(settings.sparsity))
+        if retires:
+            assert retire(run.search) > 0
+        take_steps(run, settings, first=0, count=4)
+    (whole, _), (cut, _) = runs
+    assert not cut.network.stored_units.all()
+    for one, other in zip(vars(whole.search.memory).values(), vars(cut.search.memory).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(whole.network.scores, cut.network.scores, rtol=1e-3, atol=1e-5)
+
+
+def test_taylor_is_refused_where_it_cannot_see():
+    with pytest.raises(UserError, match=r"taylor cannot judge \d+ of \d+ units of wrn16_8: no batch-norm of their own"):
+        training_run(estimator="taylor", arch="wrn16_8", width_mult=0.125)
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_masks_of_every_step_are_those_of_the_estimator(name):
     run, settings = training_run(**options_of(name), optimizer="sgd")
@@ -466,15 +501,15 @@ def test_masks_of_every_step_are_those_of_the_estimator(name):
         assert torch.equal(run.search.draw.masks_KU, expected)
 
 
-@pytest.mark.parametrize("name", ["shrinkage", "linear_cv", "linear_cv_gates", "linear_cv_disarm"])
+@pytest.mark.parametrize("name", ["shrinkage", "linear_cv", "linear_cv_gates", "linear_cv_disarm", "taylor"])
 def test_an_estimator_that_learns_resumes_bit_equal(name, tmp_path):
-    whole, settings = training_run(estimator=name, K=2)
+    whole, settings = training_run(estimator=name)
     take_steps(whole, settings, first=0, count=5)
-    parts, _ = training_run(estimator=name, K=2)
+    parts, _ = training_run(estimator=name)
     take_steps(parts, settings, first=0, count=3)
     checkpoint.save(tmp_path / "last.pt", parts.state_dict(settings, "images"))
     stored = checkpoint.load(tmp_path / "last.pt")
-    resumed, _ = training_run(estimator=name, K=2)
+    resumed, _ = training_run(estimator=name)
     resumed.load_state_dict(stored, settings)
     take_steps(resumed, settings, first=3, count=2)
     ends = [run.state_dict(settings, "images") for run in (whole, resumed)]

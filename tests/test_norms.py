@@ -28,8 +28,7 @@ def slope(network: SparseNetwork, layers: list[str], channel: int, loss) -> floa
     losses = []
     with torch.no_grad():
         for factor in (1 + STEP, (1 - STEP) / (1 + STEP), 1 / (1 - STEP)):
-            for name in layers:
-                norm = norms[name]
+            for norm in {norms[name].module: norms[name] for name in layers}.values():
                 stored = slice(None) if network.stored is None else network.stored[norm.space][: norm.first_channel]
                 at = channel + (norm.first_channel if network.stored is None else int(stored.sum()))
                 norm.module.weight[at] *= factor
@@ -62,6 +61,12 @@ def test_gates_are_slopes_of_the_loss(kind, execution):
                 assert float(gradients_U[first + channel]) == pytest.approx(expected, rel=1e-5, abs=1e-8)
                 num_observed += 1
     assert num_observed > 2
+
+
+def test_a_norm_that_two_tied_layers_share_is_read_once():
+    network = network_of("wrn16_8", 0.03, stream="tied")
+    places = [(norm, int(units[0])) for norm, units, _ in GateReader(network).places]
+    assert len(places) == len(set(places)) < len(network.layers)
 
 
 @pytest.mark.parametrize("stream", ["free", "tied"])

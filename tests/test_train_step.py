@@ -476,7 +476,7 @@ def test_the_tangent_part_of_a_gradient_changes_no_cost(by_layer, budget):
     free = (network.scores.data > 0) & (network.scores.data < 1)
     gradient = torch.randn(network.num_units, generator=generator, dtype=torch.float64) * free - 2.0 * free
     network.scores.grad = gradient.clone()
-    remove_normal_(network, by_layer, budget)
+    remove_normal_(network, 0.1, by_layer, budget)
     tangent = network.scores.grad
     assert (tangent[~free] == 0).all()
     if budget == "channels":
@@ -492,15 +492,25 @@ def test_the_tangent_part_of_a_gradient_changes_no_cost(by_layer, budget):
     assert float(removed @ tangent) == pytest.approx(0, abs=1e-9)  # what is left is the nearest such gradient
 
 
+@pytest.mark.parametrize("budget", ["channels", "flops"])
+def test_the_gradient_stays_where_the_budget_is_not_spent_or_not_exceeded(budget):
+    network = search_state(kind="mixed").network
+    gradient = -torch.rand(network.num_units, generator=torch.Generator().manual_seed(5), dtype=torch.float64) - 0.1
+    for sign, fraction in ((1, 1.0), (-1, 0.01)):  # units want in and there is room; units want out
+        network.scores.grad = sign * gradient
+        remove_normal_(network, fraction, False, budget)
+        assert torch.equal(network.scores.grad, sign * gradient)
+
+
 def test_a_step_takes_the_tangent_if_asked():
     state, raw = search_state(), search_state()
     images, labels = batch()
-    settings = dataclasses.replace(STEP, score_lr=0.0)
+    settings = dataclasses.replace(STEP, score_lr=0.0, kept_fraction=0.1)
     train_step(raw, images, labels, settings, config())
     options = config()
     options = dataclasses.replace(options, sparsity=dataclasses.replace(options.sparsity, score_gradient="tangent"))
     train_step(state, images, labels, settings, options)
     scores = raw.network.scores
     assert raw.network.scores.grad.abs().max() > 0
-    expected = scores.grad - scores.grad.mean()
+    expected = scores.grad - scores.grad.mean().clamp(max=0)
     torch.testing.assert_close(state.network.scores.grad, expected, **EXACT)

@@ -35,6 +35,7 @@ from utils.plan import Plan
 from utils.projection import project_onto_budget, project_onto_cost
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+TIGHT = 0.999  # of a budget: as good as spent
 
 
 @dataclass(frozen=True)
@@ -188,27 +189,33 @@ def project_scores_(network: SparseNetwork, kept_fraction: float, by_layer: bool
     return torch.stack(thresholds).max()
 
 
-def remove_normal_(network: SparseNetwork, by_layer: bool, budget: str = "channels") -> None:
-    """Takes from `scores.grad` its part across the budget, over the scores between 0 and 1 that it can move.
+def remove_normal_(network: SparseNetwork, kept_fraction: float, by_layer: bool, budget: str = "channels") -> None:
+    """Takes from `scores.grad` the part along which a descent would exceed the budget, where that is spent.
 
-    That part changes what all units cost together, and the projection sets this anyway. Where keeping any unit helps,
-    it is most of the gradient, and Adam, which scales every coordinate by its own size, would see little else.
+    The projection would undo this part. Where keeping any unit helps, it is most of the gradient, and Adam, which
+    scales every coordinate by its own size, would see little else. What is left adds up to nothing over the scores
+    between 0 and 1, so a score may move that the estimate is 0 for.
 
+    Args:
+        kept_fraction: the budget that the scores were last projected onto, or a lower one.
     Source: projected gradients; ours here.
     """
     gradient, scores = network.scores.grad, network.scores.data
     free = (scores > 0) & (scores < 1)
     if budget != "channels":
-        _, normal = network.expected_cost(budget).with_gradient(scores.double().cpu().numpy())
-        normals = [torch.from_numpy(normal).to(gradient) * free]
+        cost = network.expected_cost(budget)
+        spent, normal = cost.with_gradient(scores.double().cpu().numpy())
+        normals = [torch.from_numpy(normal).to(gradient) * free * (spent >= TIGHT * kept_fraction * cost.dense)]
     else:
         groups = network.unit_groups() if by_layer else [slice(None)]
         normals = [torch.zeros_like(gradient) for _ in groups]
         for normal, group in zip(normals, groups, strict=True):
-            normal[group] = free[group].to(gradient.dtype)
+            is_spent = scores[group].sum() >= TIGHT * kept_fraction * scores[group].numel()
+            normal[group] = (free[group] & is_spent).to(gradient.dtype)
     for normal in normals:
         square = normal @ normal
-        gradient.sub_(normal * (gradient @ normal / square.masked_fill(square <= 0, 1.0)))
+        outwards = (gradient @ normal / square.masked_fill(square <= 0, 1.0)).clamp(max=0)
+        gradient.sub_(normal * outwards)
 
 
 def forward_loss(
@@ -257,7 +264,7 @@ def train_step(
     else:
         difference = torch.zeros_like(weight_loss)
     if scores.grad is not None and sparsity.score_gradient == "tangent":
-        remove_normal_(network, sparsity.constrain_by_layer, sparsity.budget)
+        remove_normal_(network, settings.kept_fraction, sparsity.constrain_by_layer, sparsity.budget)
     if config.train.clip_jointly:  # one norm over both couples the steps, so backward has to come first
         gates = chain_rule(state, weight_loss, config, size)
         torch.nn.utils.clip_grad_norm_([*weights, scores], config.train.clip_norm)

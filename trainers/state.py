@@ -265,6 +265,12 @@ def new_search(run: RunState, config: Config) -> SearchState:
 
     if config.sparsity.budget != "channels":
         start_within_budget(network, config)
+    gate_reader = GateReader(network) if estimator_of(config.sparsity).reads_gates else None
+    if config.sparsity.estimator == "taylor" and not gate_reader.readable_U.all():
+        raise UserError(
+            f"estimator taylor cannot judge {int((~gate_reader.readable_U).sum())} of {network.num_units} units of "
+            f"{config.model.arch}: no batch-norm of their own is behind them; pass another --estimator or --arch"
+        )
     masks = generator(MASK_STREAM)
     return SearchState(
         network=network,
@@ -275,5 +281,5 @@ def new_search(run: RunState, config: Config) -> SearchState:
         coin=generator(COIN_STREAM) if method.tosses else None,
         gauge=generator(GAUGE_STREAM) if config.sparsity.gauge_every else None,
         memory=first_memory(network.scores, config.sparsity) if method.draws_masks else None,
-        gate_reader=GateReader(network) if estimator_of(config.sparsity).reads_gates else None,
+        gate_reader=gate_reader,
     )

@@ -1,7 +1,8 @@
 """Estimators that learn from earlier steps, and every estimator by name under one signature.
 
 A step's estimate reads memory of *earlier* steps only: given the past it is an estimate with constants, so its mean is
-exact whatever has been learnt. `gradient` comes first, `update` (which returns a new memory) after it.
+exact whatever has been learnt (but for `taylor`, which is nothing else than what has been learnt). `gradient` comes
+first, `update` (which returns a new memory) after it.
 
 Legend: U units, K masks drawn in one step.
 """
@@ -309,7 +310,8 @@ def update_gates(memory: GateMemory, masks_KU: Tensor, losses_K: Tensor, gates: 
     """The memory after a step, for its next estimate.
 
     A batch shows the mean of its examples' gradients only, but this varies from batch to batch by 1 / B of what they
-    vary: E (dl/dgate)^2 = B * variance + slope^2. That masks vary too makes the curvature a little too large.
+    vary: E (dl/dgate)^2 = B * variance + slope^2. What other masks and moving weights make it vary is taken for
+    examples too and multiplied by B, so the curvature comes out too large.
 
     Args:
         masks_KU: (K, U) bool, the masks of the step.

@@ -109,14 +109,15 @@ def estimator_figures(sums: Sums, plain: Sums, reference_NN: Tensor) -> dict[str
     def statistics(kept: Tensor) -> dict[str, float]:
         square = float(sums.squares_N[kept].mean())
         signal = squared_mean(_pairs(sums.products_NN, kept))
-        mask_variance = _mask_variance(sums, kept)
+        variance = _beyond_rounding(square - signal, square)
+        mask_variance = _beyond_rounding(_mask_variance(sums, kept), square)
         plain_variance = float(plain.squares_N[kept].mean()) - squared_mean(_pairs(plain.products_NN, kept))
         cosine, cosine_sd = _cosine(sums.alignments_NEN[kept][:, :, kept], squared_mean(_pairs(reference_NN, kept)))
         return {
-            "variance": square - signal,
+            "variance": variance,
             "mask_variance": mask_variance,
-            "batch_variance": square - signal - mask_variance,
-            "relative_variance": _ratio(square - signal, plain_variance),
+            "batch_variance": variance - mask_variance,
+            "relative_variance": _ratio(variance, plain_variance),
             "squared_bias": squared_mean(_pairs(sums.deviations_NN, kept)),
             "share_of_signal": _ratio(signal, square),
             "cosine": cosine,
@@ -160,6 +161,11 @@ def _cosine(alignments_NEN: Tensor, squared_norm: float) -> tuple[float, float]:
     cosine = float(sum_NE.mean()) / others / math.sqrt(squared_norm)
     square = float(pairs_NE.mean()) / (others * (others - 1)) / squared_norm
     return cosine, math.sqrt(square - cosine**2) if square > cosine**2 else math.nan
+
+
+def _beyond_rounding(difference: float, size: float) -> float:
+    """0 for a difference of two numbers of this size that only rounding makes: an estimate without any noise."""
+    return difference if abs(difference) > 1e-9 * size else 0.0
 
 
 def _ratio(numerator: float, denominator: float) -> float:

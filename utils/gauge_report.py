@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 from utils.gauge_figures import REFERENCE, Figure, Measured
 from utils.run_folder import write_json
 
-VISIBLE = 3.0  # standard errors from which on a bias is told; with seven estimators two would cry wolf now and then
+VISIBLE = 3.0  # standard errors from which on a bias is told; with so many estimators two would cry wolf now and then
 MISSING = "-"
 LEGEND = f"""\
 Standard errors in brackets. All estimators cost two forward passes and are measured on the same batches, in the scale
@@ -19,7 +19,8 @@ that all share, (s (1 - s))^alpha times the gradient, summed over units. Varianc
 part that more masks on the same batch would take away; the rest is due to the choice of the batch. Signal:
 |E g|^2 / E |g|^2. Cosine: between one estimate and the gradient, mean and standard deviation (sd). Squared bias: as a
 part of the squared gradient, where it is more than {VISIBLE:g} standard errors. Forwards: multiply-adds of an estimate,
-as a multiple of a dense forward pass. {MISSING}: drowned in noise, take more batches and masks."""
+as a multiple of a dense forward pass; taylor needs half of it. That one reads no masks, so at a checkpoint it has no
+variance: its noise is that of what it learnt before. {MISSING}: drowned in noise, take more batches and masks."""
 
 
 def entry_of(file: str, epoch: int, measured: Measured) -> dict[str, Any]:

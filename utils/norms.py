@@ -65,7 +65,11 @@ class GateReader:
         network, self._made_for = self.network, self.network.stored
         self.places: list[tuple[nn.BatchNorm2d, Tensor, Tensor]] = []
         self.readable_U = np.zeros(network.num_units, dtype=bool)
+        seen = set()
         for name, norm in self.norms.items():
+            if (norm.module, network.graph.first_unit[name]) in seen:  # two tied layers that add before it
+                continue
+            seen.add((norm.module, network.graph.first_unit[name]))
             width, first_unit = network.layers[name].out_channels, network.graph.first_unit[name]
             stored_C = np.ones(network.graph.spaces[norm.space].width, dtype=bool)
             if network.stored is not None:

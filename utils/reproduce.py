@@ -132,7 +132,8 @@ def _make(scheduler: Scheduler, cells: Sequence[Cell], root: Path) -> int:
 
 def _line(runs: TableRuns, cell: Cell) -> str:
     key, newest = runs.key(cell), runs.newest(cell)
-    return "  ".join(filter(None, (f"{cell}:", runs.state(cell), key and key.hash, newest and str(newest.folder))))
+    place = newest and str(newest.folder or "recorded")
+    return "  ".join(filter(None, (f"{cell}:", runs.state(cell), key and key.hash, place)))
 
 
 def main(argv: Sequence[str] | None = None, program: Sequence[str] = PROGRAM) -> int:

@@ -40,6 +40,7 @@ JUDGES = ("test", "heldout")  # test images must choose nothing: a table to choo
 DECIDED_ELSEWHERE = ("config", "name", "log_dir", "seed", "resume", "evaluate", "print_config", "dry_run")
 # Left out of the hash: these change no number. The seed stands beside the hash.
 NO_NUMBERS = {*DECIDED_ELSEWHERE, "print_freq", "save_every", "workers"}
+OTHER_NUMBERS = ("flops_ratio", "params_kept", "train_flops_ratio", "train_seconds", "epochs")  # beside the accuracy
 SAME_NETWORK = ("set", "data", "arch", "width_mult")  # what a row and its dense row have in common
 
 
@@ -91,7 +92,12 @@ class Table:
     @property
     def numbers(self) -> tuple[str, ...]:
         """What the report needs of summary.json; one without them was not written by a finished run."""
-        return (self.accuracy, "flops_ratio", "params_kept", "train_flops_ratio", "train_seconds", "epochs")
+        return (self.accuracy, *OTHER_NUMBERS)
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """What is kept of summary.json: never a test accuracy of a table that held-out images judge."""
+        return (*dict.fromkeys((self.accuracy, "heldout_top1")), *OTHER_NUMBERS)
 
     @property
     def name(self) -> str:

@@ -7,6 +7,7 @@ which are large, stay where they were made.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from utils.table_file import config_hash, hashed_options
 from utils.table_runs import Key, Run, read_json
 
 ABOUT = "Runs of a table, one on each line; written by utils.reproduce, not by hand."
-# What the report tells of a run's env.json.
-FACTS = ("cpu", "cpu_capability", "gpu", "num_threads", "torch", "git_commit", "git_dirty")
+# What the report tells of a run's env.json, and which images it saw.
+FACTS = ("cpu", "cpu_capability", "gpu", "num_threads", "torch", "git_commit", "git_dirty", "data_fingerprint")
+SAME_RUN = ("config", "seed", "alone")  # entries that agree in these are of one run, made again
 
 
 def read_record(path: Path, numbers: Sequence[str]) -> tuple[list[Run], dict[str, str]]:
@@ -26,12 +28,11 @@ def read_record(path: Path, numbers: Sequence[str]) -> tuple[list[Run], dict[str
 
     As with a run folder, a run belongs to the hash of its options as they are read today.
 
+    Args:
+        numbers: what a run must have.
     Raises: UserError for a file that is no record.
     """
-    if not path.exists():
-        return [], {}
-    record = read_json(path)
-    runs, unreadable = [], {}
+    record, runs, unreadable = _read(path), [], {}
     try:
         configs: dict[str, Config] = {}
         for name, options in record["configs"].items():
@@ -39,12 +40,28 @@ def read_record(path: Path, numbers: Sequence[str]) -> tuple[list[Run], dict[str
                 configs[name] = config_from_dict(options, f"{path}, config {name}")
             except UserError as error:
                 unreadable[f"{path}, config {name}"] = str(error)
-        runs = [
-            _run(configs[entry["config"]], entry, numbers) for entry in record["runs"] if entry["config"] in configs
-        ]
+        for entry in record["runs"]:
+            missing = [name for name in numbers if entry.get(name) is None]
+            if missing:
+                unreadable[f"{path}, {entry['row']}, seed {entry['seed']}"] = f"it has no {', '.join(missing)}"
+            elif entry["config"] in configs:
+                runs.append(_run(configs[entry["config"]], entry, numbers))
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is no record of runs; restore it, or remove it and make the runs again") from None
+        raise _no_record(path) from None
     return runs, unreadable
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {"configs": {}, "runs": []}
+    record = read_json(path)
+    if record is None:
+        raise _no_record(path)
+    return record
+
+
+def _no_record(path: Path) -> UserError:
+    return UserError(f"{path} is no record of runs; restore it, or remove it and make the runs again")
 
 
 def _run(config: Config, entry: dict[str, Any], names: Sequence[str]) -> Run:
@@ -53,21 +70,42 @@ def _run(config: Config, entry: dict[str, Any], names: Sequence[str]) -> Run:
         raise ValueError(numbers)
     environment = {name: entry[name] for name in FACTS if name in entry}
     key = Key(config_hash(config), entry["seed"])
-    return Run(key, 0, hashed_options(config), numbers, environment, entry["date"], entry["alone"])
+    return Run(key, entry["started"], hashed_options(config), numbers, environment, entry["date"], entry["alone"])
 
 
-def write_record(path: Path, numbers: Iterable[str], runs: Iterable[tuple[str, Run]]) -> None:
-    """Writes these numbers of finished runs, each run with the name of its row."""
-    configs: dict[str, dict[str, Any]] = {}
-    lines = []
+def write_record(path: Path, numbers: Sequence[str], runs: Iterable[tuple[str, Run]]) -> None:
+    """Adds finished runs, each with the name of its row; one that was made again replaces what was recorded of it.
+
+    All other entries stay as they are, whether the table still has them or today's options can read them or not: this
+    file may hold the only copy.
+
+    Args:
+        numbers: what is recorded of a summary.
+    Raises: UserError for a file that is no record.
+    """
+    record = _read(path)
+    try:
+        configs = dict(record["configs"])
+        entries = {tuple(entry[name] for name in SAME_RUN): entry for entry in record["runs"]}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise _no_record(path) from None
     for row, run in runs:
-        configs[run.key.hash] = run.options
-        facts = {name: run.environment[name] for name in FACTS if run.environment.get(name) is not None}
-        start = {"row": row, "seed": run.key.seed, "config": run.key.hash, "alone": run.alone, "date": run.date}
-        lines.append(json.dumps({**start, **{name: run.summary[name] for name in numbers}, **facts}))
-    configs_text = ",\n".join(f"{json.dumps(name)}: {json.dumps(options)}" for name, options in configs.items())
-    runs_text = ",\n".join(lines)
-    path.write_text(
-        f'{{"about": {json.dumps(ABOUT)},\n"configs": {{\n{configs_text}\n}},\n"runs": [\n{runs_text}\n]}}\n',
-        encoding="utf-8",
-    )
+        entry = _entry(row, run, numbers)
+        if run.folder is not None:  # the others came from here
+            configs[run.key.hash] = run.options
+            entries[tuple(entry[name] for name in SAME_RUN)] = entry
+    ordered = sorted(entries.values(), key=lambda entry: (entry["row"], entry["seed"], entry["config"]))
+    configs_text = ",\n".join(f"{json.dumps(name)}: {json.dumps(configs[name])}" for name in sorted(configs))
+    runs_text = ",\n".join(json.dumps(entry) for entry in ordered)
+    text = f'{{"about": {json.dumps(ABOUT)},\n"configs": {{\n{configs_text}\n}},\n"runs": [\n{runs_text}\n]}}\n'
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _entry(row: str, run: Run, numbers: Sequence[str]) -> dict[str, Any]:
+    start = {"row": row, "seed": run.key.seed, "config": run.key.hash, "alone": run.alone}
+    start |= {"date": run.date, "started": run.started}
+    told = {name: run.summary[name] for name in numbers if run.summary.get(name) is not None}
+    facts = {name: run.environment[name] for name in FACTS if run.environment.get(name) is not None}
+    return {**start, **told, **facts}

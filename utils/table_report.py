@@ -116,8 +116,9 @@ def row_values(results: Results, name: str) -> dict[str, str | float | None]:
     runs, dense = results.runs[name], results.table.dense[name]
     values: dict[str, str | float | None] = dict.fromkeys(COLUMNS)
     values["row"] = name
-    if name in results.timed and dense in results.timed:
-        seconds, dense_seconds = (results.timed[row].summary["train_seconds"] for row in (name, dense))
+    timed = [results.timed[row] for row in (name, dense) if row in results.timed]
+    if len(timed) == 2 and _hardware(timed[0]) == _hardware(timed[1]):  # seconds of two machines are no ratio
+        seconds, dense_seconds = (run.summary["train_seconds"] for run in timed)
         values["train_seconds_to_dense"] = seconds / dense_seconds
     if not runs:
         return values
@@ -164,7 +165,7 @@ def write_report(results: Results, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row_values(results, row) for row in results.table.rows]
     (folder / f"{name}.csv").write_text(_csv(rows, results.table.judge), encoding="utf-8")
-    write_record(record_path(results.table, folder), results.table.numbers, _told_runs(results))
+    write_record(record_path(results.table, folder), results.table.recorded, _told_runs(results))
     text = markdown(results, rows)
     by_hand = folder / f"{name}.reading.md"
     if by_hand.exists():
@@ -230,6 +231,9 @@ def _facts(results: Results) -> list[str]:
             f"- torch {_distinct(runs, lambda run: run.environment.get('torch'))}, "
             f"newest run {max(run.date for run in runs)}, commit {_distinct(runs, _commit)}",
         ]
+    images = {run.environment.get("data_fingerprint") for run in runs}
+    if len(images) > 1:
+        lines.append(f"- the runs were not all made on the same images: {len(images)} different sets")
     if results.timed:
         timed = list(results.timed.values())
         lines.append(

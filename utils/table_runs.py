@@ -52,10 +52,10 @@ class Run:
     """A run that has something to go on from, or a result.
 
     Attributes:
-        started: time of its latest start, in ns; 0: only recorded.
+        started: time of its latest start, in ns.
         options: what the hash stands for.
         summary: of a finished run; None before.
-        environment: what the run wrote about machine and versions.
+        environment: what the run wrote about machine, versions and images.
         date: the day, in UTC, on which it was finished.
         alone: nothing else ran at the same time, so its seconds count.
         folder: None: only recorded.
@@ -90,6 +90,7 @@ class TableRuns:
         """
         self.unreadable: dict[Path, str] = {}
         self._runs: dict[Key, list[Run]] = {}
+        self._keys_elsewhere = {run.key for run in self.elsewhere}
         for run in self.elsewhere:
             self._runs.setdefault(run.key, []).append(run)
         folders = sorted(self.root.iterdir()) if self.root.is_dir() else []
@@ -123,25 +124,25 @@ class TableRuns:
 
     def newest(self, cell: Cell) -> Run | None:
         """The run of a cell that was started last, finished or not."""
-        return max(self._runs.get(self.key(cell), []), key=lambda run: run.started, default=None)
+        return max(self._runs.get(self.key(cell), []), key=_age, default=None)
 
     def result(self, cell: Cell) -> Run | None:
         """The finished run of a cell that was started last."""
         finished = [run for run in self._runs.get(self.key(cell), []) if run.summary is not None]
-        return max(finished, key=lambda run: run.started, default=None)
+        return max(finished, key=_age, default=None)
 
     def is_done(self, cell: Cell) -> bool:
+        """A run below `root` that was started again is not, until it has a result; one from elsewhere always is."""
         newest = self.newest(cell)
-        return newest is not None and newest.summary is not None
+        return newest is not None and (newest.summary is not None or self.key(cell) in self._keys_elsewhere)
 
     def state(self, cell: Cell) -> str:
         """In words: done, interrupted, not run yet, waits for another row."""
         if self.key(cell) is None:
             return f"waits for {self.table.rows[cell.row].flops_of}"
-        newest = self.newest(cell)
-        if newest is None:
+        if self.newest(cell) is None:
             return "not run yet"
-        return "interrupted" if newest.summary is None else "done"
+        return "done" if self.is_done(cell) else "interrupted"
 
     def with_sources(self, cells: Iterable[Cell]) -> list[Cell]:
         """The cells, and before each the missing ones that it takes its FLOPs from."""
@@ -158,6 +159,11 @@ class TableRuns:
         return None if name is None else Cell(name, cell.seed)
 
 
+def _age(run: Run) -> tuple[int, bool]:
+    """Larger for newer runs; of a run that is here and recorded too, the one here counts."""
+    return run.started, run.folder is not None
+
+
 def _read_run(folder: Path, config: Config, alone: bool, numbers: Iterable[str]) -> Run:
     summary = read_json(folder / "summary.json") or {}
     done = all(isinstance(summary.get(name), int | float) for name in numbers)
@@ -166,7 +172,7 @@ def _read_run(folder: Path, config: Config, alone: bool, numbers: Iterable[str])
         started=(folder / "config.yaml").stat().st_mtime_ns,
         options=hashed_options(config),
         summary=summary if done else None,
-        environment=read_json(folder / "env.json") or {},
+        environment={**(read_json(folder / "env.json") or {}), "data_fingerprint": summary.get("data_fingerprint")},
         date=f"{datetime.fromtimestamp((folder / 'summary.json').stat().st_mtime, UTC):%Y-%m-%d}" if done else "",
         alone=alone,
         folder=folder,

@@ -70,7 +70,7 @@ def share_of_signal(means: Mapping[str, float], num_images: int) -> dict[str, fl
 
 
 def _estimate(search: SearchState, images: Tensor, labels: Tensor, config: Config) -> tuple[Tensor, list[Cost]]:
-    """One estimate (U,) in float64, made as that of a step but from masks of its own."""
+    """One estimate (U,) in float64, made as that of a step but from masks of its own, and raw: see `score_gradient`."""
     network, sparsity = search.network, config.sparsity
     draw = draw_masks(network, search.gauge, *how_to_draw(sparsity))
     costs = [cost_of(network, plan) for plan in draw.plans]
