@@ -481,8 +481,8 @@ def test_gates_go_on_when_units_retire(name):
     (whole, _), (cut, _) = runs
     assert not cut.network.stored_units.all()
     for one, other in zip(vars(whole.search.memory).values(), vars(cut.search.memory).values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(whole.network.scores, cut.network.scores, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(whole.network.scores, cut.network.scores, rtol=1e-2, atol=1e-3)
 
 
 def test_taylor_is_refused_where_it_cannot_see():
