@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from main import main
+from tests.test_gauge import tiny_data, training_run
 from tests.test_methods import program, tiny_images  # noqa: F401  (fixtures)
 from tests.toy import NETWORKS, batch, config, one_thread, plain_net, sparse_network  # noqa: F401
-from trainers.default import SearchState
+from trainers.default import SearchState, StepSettings
+from trainers.methods import method_of
 from trainers.methods.share import NAMES, measure_share, no_share, share_of_signal
-from utils.checkpoint import differences, load
+from utils.checkpoint import differences, load, save
 from utils.metrics import MetricSums
 
 
@@ -89,3 +92,24 @@ def test_a_run_that_is_watched_trains_as_one_that_is_not(program, options):  # n
 def test_a_batch_that_is_too_small_to_halve_is_refused(capsys):
     assert main(["--gauge-every", "5", "--subbatch", "4", "--batch-size", "15"]) == 2
     assert "gauge_every 5 (command line) measures on halves of a batch" in capsys.readouterr().err
+
+
+def test_a_watched_run_resumes_bit_equal(tmp_path):
+    options = {"gauge_every": 1, "precision": "fp32"}
+    whole, settings = training_run(**options)
+    watch_steps(whole, settings, first=0, count=4)
+    parts, _ = training_run(**options)
+    watch_steps(parts, settings, first=0, count=2)
+    save(tmp_path / "last.pt", parts.state_dict(settings, "images"))
+    resumed, _ = training_run(**options)
+    resumed.load_state_dict(load(tmp_path / "last.pt"), settings)
+    watch_steps(resumed, settings, first=2, count=2)
+    assert differences(*(run.state_dict(settings, "images") for run in (whole, resumed))) == []
+    assert whole.sums.means()["gauge_count"] > 0
+
+
+def watch_steps(run, settings, first: int, count: int) -> None:
+    batches = islice(tiny_data().train.train_batches(16, 0, 0), first, first + count)
+    for images, labels in batches:
+        step = StepSettings(0.05, 0.02, kept_fraction=0.5, gauge=True)
+        run.sums.add(method_of(settings).step(run, images, labels, step, settings)[0], len(labels))
