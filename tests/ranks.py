@@ -29,7 +29,9 @@ from trainers.default import (
     SearchState,
     StepSettings,
     draw_masks,
+    estimator_of,
     evaluate,
+    first_memory,
     num_drawing_ranks,
     num_full_passes,
     num_masks,
@@ -42,6 +44,7 @@ from utils.distributed import agreed_signal, check_equal, joined, num_ranks, ran
 from utils.errors import RankError
 from utils.metrics import CostLedger
 from utils.network import SparseNetwork
+from utils.norms import GateReader
 
 RANKS, STEPS, BATCH_SIZE, RETIRE_AFTER = 2, 5, 9, 2
 CPU = torch.device("cpu")
@@ -53,6 +56,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "shared, clipped jointly": ("preactivation", "compact", {}, {"clip_jointly": True, "clip_norm": 0.1}),
     "shared, in parts": ("released", "compact", {"subbatch": 2}, {}),
     "shared, every other step": ("released", "compact", {"score_every": 2}, {}),
+    "shared, gates": (
+        *("released", "compact"),
+        {"estimator": "linear_cv_gates"},
+        {"batch_size": BATCH_SIZE, "clip_norm": 0.5},
+    ),
     "independent": ("released", "compact", {"rank_masks": "independent"}, {"clip_norm": 0.5}),
     "independent, masked": ("released", "masked", {"rank_masks": "independent"}, {}),
     "independent, three masks": ("preactivation", "compact", {"rank_masks": "independent", "K": 3}, {}),
@@ -85,6 +93,8 @@ def search_state(name: str) -> SearchState:
         torch.optim.Adam([network.scores], lr=9.0),
         generator,
         draw_masks(network, generator, num_masks(sparsity), num_drawing_ranks(sparsity)),
+        memory=first_memory(network.scores, sparsity),
+        gate_reader=GateReader(network) if estimator_of(sparsity).reads_gates else None,
     )
 
 
@@ -117,6 +127,7 @@ def train(name: str) -> dict[str, Any]:
         "model": state.network.model.state_dict(),
         "optimizers": [state.weight_optimizer.state_dict(), state.score_optimizer.state_dict()],
         "masks": state.draw.drawn,
+        "memory": {} if state.memory is None else dict(vars(state.memory)),
         "generator": state.generator.get_state(),
         "metrics": metrics,
         "executed": costs.executed,

@@ -30,6 +30,7 @@ from trainers.devices import check_ranks, find_device
 from utils.checkpoint import differences, load
 from utils.errors import UserError
 from utils.estimator import subbatch_gradient, vrpge_gradient
+from utils.estimators import ESTIMATORS
 from utils.masks import sample_masks
 from utils.metrics import CostLedger
 from utils.network import SparseNetwork
@@ -110,6 +111,10 @@ class Reference:
             estimates = [self.estimate(s, m) for s, m in zip(seen, self.masks, strict=True)]
             scores.grad = sum(w * estimate for w, estimate in zip(weights, estimates, strict=True))
             differences = [self.difference(s) for s in seen]
+            if self.state.memory is not None:
+                gates = self.state.gate_reader.read(self.network.plan(self.masks[0][0].numpy()), len(labels))
+                update = ESTIMATORS[self.config.sparsity.estimator].update
+                self.state.memory = update(self.state.memory, self.masks[0], losses, gates)
         self.update(settings)
         self.draw()
         return {
@@ -143,6 +148,10 @@ class Reference:
         return {"losses": seen, "gradients": gradients, "buffers": buffers, "loss": losses[0].detach(), "top1": top1}
 
     def estimate(self, losses: Tensor, masks: Tensor) -> Tensor:
+        if self.state.memory is not None:
+            estimator = ESTIMATORS[self.config.sparsity.estimator]
+            arguments = (losses, self.config.sparsity.alpha, self.state.memory)
+            return estimator.gradient(self.network.scores.detach(), masks, *arguments)
         gradient = subbatch_gradient if self.config.sparsity.subbatch else vrpge_gradient
         return gradient(self.network.scores.detach(), masks, losses, self.config.sparsity.alpha)
 
@@ -182,6 +191,11 @@ def test_two_ranks_take_the_steps_of_one_process_that_does_both_parts(results, n
     result = results[0]["cases"][name]
     for key, value in reference.network.model.state_dict().items():
         torch.testing.assert_close(result["model"][key], value, **CLOSE, msg=key)
+    memory = {} if reference.state.memory is None else vars(reference.state.memory)
+    assert set(result["memory"]) == set(memory)
+    for key, value in memory.items():
+        assert (value != 0).any(), key
+        torch.testing.assert_close(result["memory"][key], value, **CLOSE, msg=key)
     drawn = reference.masks[0] if reference.shared else torch.cat(reference.masks)
     assert torch.equal(result["masks"], drawn)
     if not reference.shared:
@@ -383,6 +397,7 @@ def test_what_only_several_processes_read_is_refused_for_one(key):
         ({"batch_size": 5}, "batch_size 5 is the total of 3 processes and leaves less than the 2 images"),
         ({"finetune_batch_size": 5}, "finetune_batch_size 5 is the total"),
         ({"batch_size": 12, "subbatch": 3}, "subbatch 3 leaves parts of less than two images of the 4 that each of 3"),
+        ({"batch_size": 11, "gauge_every": 5}, "gauge_every 5 halves the 3 images that each of 3 processes has"),
         ({"sync_bn": True, "batch_size": 255, "finetune_batch_size": 255}, "sync_bn needs GPUs"),
         ({"sync_bn": True}, "sync_bn needs parts of equal size, but batch_size 256 is shared by 3 processes"),
     ],
