@@ -26,7 +26,7 @@ from utils.errors import UserError
 SETS = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "FashionMNIST-mini", "ImageFolder", "ImageNet")
 ARCHS = (
     *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
-    *("resnet20_he", "resnet32_he", "resnet44_he", "resnet56_he", "resnet110_he"),
+    *("resnet8_he", "resnet20_he", "resnet32_he", "resnet44_he", "resnet56_he", "resnet110_he"),
     *("vgg11", "vgg13", "vgg16", "vgg19", "wrn28_10", "wrn16_8", "mobilenet_v1"),
     *("resnet18", "resnet34", "resnet50", "resnet101"),
 )

@@ -82,6 +82,7 @@ MODELS: dict[str, Builder] = {
     "resnet44": partial(_resnet_cifar, depth=44, widths=RELEASED_WIDTHS),
     "resnet56": partial(_resnet_cifar, depth=56, widths=RELEASED_WIDTHS),
     "resnet110": partial(_resnet_cifar, depth=110, widths=RELEASED_WIDTHS),
+    "resnet8_he": partial(_resnet_cifar, depth=8, widths=HE_WIDTHS),
     "resnet20_he": partial(_resnet_cifar, depth=20, widths=HE_WIDTHS),
     "resnet32_he": partial(_resnet_cifar, depth=32, widths=HE_WIDTHS),
     "resnet44_he": partial(_resnet_cifar, depth=44, widths=HE_WIDTHS),

@@ -223,6 +223,7 @@ def test_a_training_step_computes_the_same_compact_and_masked(arch, image_size):
     [
         ("resnet20", 1 + 18 + 2, (32, 64, 128)),
         ("resnet32", 1 + 30 + 2, (32, 64, 128)),
+        ("resnet8_he", 1 + 6 + 2, (16, 32, 64)),
         ("resnet20_he", 1 + 18 + 2, (16, 32, 64)),
         ("resnet32_he", 1 + 30 + 2, (16, 32, 64)),
         ("resnet56_he", 1 + 54 + 2, (16, 32, 64)),
