@@ -40,18 +40,29 @@ def test_training_at_30_per_cent_from_the_first_step_learns():
     assert top1_of_the_top_scored_subnet(recipe, config) >= 50
 
 
-def accuracy_of_learned_structure() -> float:
-    """Trains all weights for two epochs, freezes them, and lets the scores alone choose one half of the units."""
-    recipe = recipe_of("--keep-ratio", "0.5", "--budget-schedule", "cubic")
-    search, config = recipe.run.search, recipe.config
-    train = recipe.data.train
+def recipe_for_half_the_units() -> Recipe:
+    return recipe_of("--keep-ratio", "0.5", "--budget-schedule", "cubic")
+
+
+def trained_weights() -> dict[str, torch.Tensor]:
+    """All units, two epochs."""
+    recipe = recipe_for_half_the_units()
     for epoch in range(2):
-        for images, labels in train.train_batches(64, 0, epoch):
-            train_step(search, images, labels, StepSettings(weight_lr=0.05, kept_fraction=1.0), config)
+        for images, labels in recipe.data.train.train_batches(64, 0, epoch):
+            settings = StepSettings(weight_lr=0.05, kept_fraction=1.0)
+            train_step(recipe.run.search, images, labels, settings, recipe.config)
+    return recipe.run.search.network.model.state_dict()
+
+
+def accuracy_of_learned_structure(weights: dict[str, torch.Tensor]) -> float:
+    """Freezes the weights and lets the scores alone choose one half of the units."""
+    recipe = recipe_for_half_the_units()
+    search, config = recipe.run.search, recipe.config
+    search.network.model.load_state_dict(weights)
     search.network.scores.data.fill_(0.5)
     search.draw = draw_masks(search.network, search.generator, 2)
     for epoch in range(2, 5):
-        for images, labels in train.train_batches(64, 0, epoch):
+        for images, labels in recipe.data.train.train_batches(64, 0, epoch):
             settings = StepSettings(weight_lr=0.0, score_lr=0.05, kept_fraction=0.5)
             train_step(search, images, labels, settings, config)
     return top1_of_the_top_scored_subnet(recipe, config)
@@ -65,7 +76,8 @@ def test_the_scores_learn_from_the_losses_and_not_from_tossed_coins(monkeypatch)
     weights train too, five epochs of this small network do not show the difference (74.8 against 77.4 % at keep 0.3,
     seed 0): the weights adapt to whatever is kept.
     """
-    learned = accuracy_of_learned_structure()
+    weights = trained_weights()
+    learned = accuracy_of_learned_structure(weights)
     coins = torch.Generator().manual_seed(0)
     estimate = trainers.default.calculateGrad
 
@@ -74,6 +86,6 @@ def test_the_scores_learn_from_the_losses_and_not_from_tossed_coins(monkeypatch)
         estimate(scores, masks_KU, sign * losses, alpha)
 
     monkeypatch.setattr(trainers.default, "calculateGrad", toss)
-    tossed = accuracy_of_learned_structure()
+    tossed = accuracy_of_learned_structure(weights)
     assert learned >= 28
     assert learned >= tossed + 12
