@@ -1,0 +1,46 @@
+"""What is committed of runs: every table is what its record says, and the README says what the tables say."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from utils import reproduce
+
+PROJECT = Path(__file__).resolve().parent.parent
+RECORDS = sorted((PROJECT / "results").glob("*.runs.json"))
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name.split(".")[0])
+def test_a_committed_table_is_what_its_record_says(record, tmp_path, monkeypatch):
+    name = record.name.removesuffix(".runs.json")
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    for path in PROJECT.glob(f"results/{name}.re*.md"):
+        shutil.copy(path, "results")
+    shutil.copy(record, "results")
+    shutil.copytree(PROJECT / "configs/tables", "configs/tables")
+    assert reproduce.main([f"configs/tables/{name}.yaml", "--only-report"]) == 0
+    for path in (record, record.with_name(f"{name}.md"), record.with_name(f"{name}.csv")):
+        assert Path("results", path.name).read_text() == path.read_text(), f"{path.name}: write it again, --only-report"
+
+
+def tables(text: str, above: str = "") -> list[tuple[str, list[dict[str, str]]]]:
+    """The Markdown tables below a line that matches `above`: (its first group or "", rows by heading)."""
+    found = []
+    for match in re.finditer(rf"^{above}\n\n?((?:\|.*\n)+)", text, re.MULTILINE):
+        *name, table = match.groups()
+        heading, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+        found.append(("".join(name), [dict(zip(heading, row, strict=True)) for row in rows]))
+    return found
+
+
+def test_the_readme_says_what_the_tables_say():
+    told = tables((PROJECT / "README.md").read_text(), r"<!-- of results/(\w+)\.md -->")
+    assert told
+    for name, rows in told:
+        [(_, whole)] = tables((PROJECT / f"results/{name}.md").read_text())
+        by_name = {row["row"]: row for row in whole}
+        for row in rows:
+            assert row == {heading: by_name[row["row"]][heading] for heading in row}, name
