@@ -249,6 +249,11 @@ class SparsityConfig:
     slimming_penalty: float = option(1e-4, "slimming: weight of the sum of batch-norm scales", within="[0, inf)")
 
     @property
+    def least_gauged_batch(self) -> int:
+        """Images of one process that `gauge_every` needs: two in each part of each half of a batch."""
+        return 4 * max(1, self.subbatch)
+
+    @property
     def retires(self) -> bool:
         """Whether units leave the parameters: an exact saving that only compact execution can make."""
         return self.retire == "on" and self.execution == "compact"
@@ -570,10 +575,10 @@ def check_together(config: Config, where: Mapping[str, str]) -> None:
         raise UserError(
             f"{told('subbatch')} leaves parts of less than two images of {told('batch_size')}; pass fewer masks"
         )
-    if sparsity.gauge_every and config.train.batch_size < 4 * max(1, sparsity.subbatch):
+    if sparsity.gauge_every and config.train.batch_size < sparsity.least_gauged_batch:
         raise UserError(
             f"{told('gauge_every')} measures on halves of a batch, which {told('batch_size')} leaves too small; pass "
-            f"--batch-size {4 * max(1, sparsity.subbatch)} or more"
+            f"--batch-size {sparsity.least_gauged_batch} or more"
         )
     if sparsity.budget_start >= sparsity.budget_end:
         raise UserError(f"{told('budget_start')} must be below {told('budget_end')}: the budget falls between them")

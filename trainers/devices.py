@@ -92,7 +92,7 @@ def check_ranks(config: Config, device: torch.device, flags: Collection[str]) ->
             )
     if config.train.sync_bn and device.type == "cpu":
         raise UserError("sync_bn needs GPUs, torch has no synchronised batch-norm for CPUs; pass --no-sync-bn")
-    if config.sparsity.gauge_every and config.train.batch_size // ranks < 4 * max(1, config.sparsity.subbatch):
+    if config.sparsity.gauge_every and config.train.batch_size // ranks < config.sparsity.least_gauged_batch:
         raise UserError(
             f"gauge_every {config.sparsity.gauge_every} halves the {config.train.batch_size // ranks} images that each "
             f"of {ranks} processes has, which leaves too few; pass a larger --batch-size, or leave it out"
