@@ -188,6 +188,21 @@ def test_environment_facts_are_plain_and_hold_no_secret(monkeypatch: pytest.Monk
     assert facts["gpu"] is None
 
 
+def test_generations_of_one_processor_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    for family, model in ((23, 1), (25, 1)):
+        file = tmp_path / f"cpuinfo-{family}"
+        core = f"cpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nflags\t\t: fma avx2 sse\n\n"
+        file.write_text(core * 2)
+        monkeypatch.setattr(run_folder, "CPU_INFO", file)
+        name, flags = run_folder._cpu_facts()
+        names.append(name)
+        assert flags == ["avx2", "fma"]
+    assert names == ["AMD EPYC, family 23 model 1", "AMD EPYC, family 25 model 1"]
+    monkeypatch.setattr(run_folder, "CPU_INFO", tmp_path / "none")
+    assert run_folder._cpu_facts() == (run_folder.platform.processor(), [])
+
+
 def test_the_git_state_is_that_of_the_project_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*words: str) -> None:
         identity = ["-c", "user.name=x", "-c", "user.email=x", "-c", "commit.gpgsign=false"]

@@ -26,6 +26,7 @@ import torch
 from utils.errors import UserError
 
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
+CPU_INFO = Path("/proc/cpuinfo")
 
 # What decides the speed and the rounding of a matrix product; /proc/cpuinfo lists some hundred more.
 CPU_FLAGS = [
@@ -246,15 +247,21 @@ def _package_version(package: str) -> str | None:
 
 
 def _cpu_facts() -> tuple[str, list[str]]:
-    """Name of the processor and those of CPU_FLAGS that it has (none are known outside Linux)."""
+    """Name of the processor and those of CPU_FLAGS that it has (none are known outside Linux).
+
+    Virtual machines give generations of very different speed one name, so family and model (x86) are part of it.
+    """
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     # Every core repeats its lines; on x86 the line is called "flags", on ARM "Features".
     entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = (entries.get("flags") or entries.get("Features") or "").split()
-    return entries.get("model name") or platform.processor(), [flag for flag in CPU_FLAGS if flag in flags]
+    name = entries.get("model name") or platform.processor()
+    if "cpu family" in entries and "model" in entries:
+        name = f"{name}, family {entries['cpu family']} model {entries['model']}"
+    return name, [flag for flag in CPU_FLAGS if flag in flags]
 
 
 # ---- What came out: tables and summaries ----
