@@ -68,6 +68,7 @@ if order.startswith("ctrl-c"):
     os.kill(os.getppid(), signal.SIGINT)
 if order == "wait" or order.startswith("ctrl-c"):
     time.sleep(60)
+cpu = os.environ.get("TEST_CPU", "Abacus")
 kept, seed, dense = options.get("keep_ratio", 1.0), options["seed"], options.get("conv_type") == "DenseConv"
 summary = {
     "heldout_top1": 50.0 + seed,
@@ -75,11 +76,11 @@ summary = {
     "flops_ratio": 1.0 if dense else kept**2 + seed / 1024,
     "params_kept": kept,
     "train_flops_ratio": kept,
-    "train_seconds": 100.0 * kept,
+    "train_seconds": 100.0 * kept if cpu == "Abacus" else 80.0 * kept + 20,
     "epochs": options["epochs"],
 }
 (folder / "env.json").write_text(json.dumps({
-    "cpu": os.environ.get("TEST_CPU", "Abacus"), "cpu_capability": "AVX2", "num_threads": 2, "torch": "2.14.1",
+    "cpu": cpu, "cpu_capability": "AVX2", "num_threads": 2, "torch": "2.14.1",
     "git_commit": "0123456789abcdef", "git_dirty": False,
 }))
 note("end")
@@ -347,14 +348,26 @@ def test_the_record_keeps_what_the_table_does_not_tell(make):
     assert not list(Path("results").glob("*.partial"))
 
 
-def test_seconds_of_two_machines_are_no_ratio(make, monkeypatch):
-    assert make("--time") == 0
+def test_seconds_are_a_ratio_on_one_machine_only(make, monkeypatch):
+    def seconds() -> list[str]:
+        return [row["train_seconds_to_dense"] for row in report()]
+
+    assert make("--time", "--rows", "dense", "half") == 0
     Path("runs").rename("far away")
     monkeypatch.setenv("TEST_CPU", "Slide rule")
+    assert make("--time", "--rows", "same cost", "--recorded") == 0
+    assert seconds() == ["1.0", "0.5", "not run yet"]  # dense was never timed where the last row was
+    assert "Slide rule" not in Path("results/table.md").read_text().partition("- the seconds: ")[2]
+    assert make("--time", "--rows", "dense") == 0
+    assert seconds() == ["1.0", "0.5", "0.4"]  # each by the dense run beside it: 40 of 100 seconds
+    assert "the seconds: Slide rule (AVX2), 2 threads; Abacus (AVX2), 2 threads" in Path("results/table.md").read_text()
     assert make("--time", "--rows", "half") == 0
-    assert [row["train_seconds_to_dense"] for row in report()] == ["1.0", "not run yet", "0.25"]
-    text = Path("results/table.md").read_text()
-    assert "Abacus (AVX2), 2 threads; Slide rule (AVX2), 2 threads" in text
+    assert seconds() == ["1.0", "0.6", "0.4"]  # the newest
+    before = Path("results/table.csv").read_text()
+    Path("runs").rename("far away too")
+    assert make("--only-report") == 0
+    assert Path("results/table.csv").read_text() == before
+    assert sum(run["alone"] for run in json.loads(Path("results/table.runs.json").read_text())["runs"]) == 5
 
 
 def test_a_record_can_be_judged_otherwise_or_says_that_it_cannot(make, capsys):

@@ -18,9 +18,9 @@ from utils.table_file import config_hash, hashed_options
 from utils.table_runs import Key, Run, read_json
 
 ABOUT = "Runs of a table, one on each line; written by utils.reproduce, not by hand."
+HARDWARE = ("cpu", "cpu_capability", "gpu", "num_threads")
 # What the report tells of a run's env.json, and which images it saw.
-FACTS = ("cpu", "cpu_capability", "gpu", "num_threads", "torch", "git_commit", "git_dirty", "data_fingerprint")
-SAME_RUN = ("config", "seed", "alone")  # entries that agree in these are of one run, made again
+FACTS = (*HARDWARE, "torch", "git_commit", "git_dirty", "data_fingerprint")
 
 
 def read_record(path: Path, numbers: Sequence[str]) -> tuple[list[Run], dict[str, str]]:
@@ -86,14 +86,14 @@ def write_record(path: Path, numbers: Sequence[str], runs: Iterable[tuple[str, R
     record = _read(path)
     try:
         configs = dict(record["configs"])
-        entries = {tuple(entry[name] for name in SAME_RUN): entry for entry in record["runs"]}
+        entries = {_identity(entry): entry for entry in record["runs"]}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise _no_record(path) from None
     for row, run in runs:
         entry = _entry(row, run, numbers)
         if run.folder is not None:  # the others came from here
             configs[run.key.hash] = run.options
-            entries[tuple(entry[name] for name in SAME_RUN)] = entry
+            entries[_identity(entry)] = entry
     ordered = sorted(entries.values(), key=lambda entry: (entry["row"], entry["seed"], entry["config"]))
     configs_text = ",\n".join(f"{json.dumps(name)}: {json.dumps(configs[name])}" for name in sorted(configs))
     runs_text = ",\n".join(json.dumps(entry) for entry in ordered)
@@ -101,6 +101,12 @@ def write_record(path: Path, numbers: Sequence[str], runs: Iterable[tuple[str, R
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _identity(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """The same for a run that was made again. Of seconds every machine has its own: they are a ratio on one alone."""
+    where = [entry.get(name) for name in HARDWARE] if entry["alone"] else []
+    return (entry["config"], entry["seed"], entry["alone"], *where)
 
 
 def _entry(row: str, run: Run, numbers: Sequence[str]) -> dict[str, Any]:

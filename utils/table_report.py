@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ LEGEND = """\
 Means over the seeds; sd: standard deviation (n - 1); minus dense: mean of the differences seed by seed, in points.
 Inference FLOPs and params kept: of the network that is left, against the whole one. Training FLOPs: everything that was
 computed, against dense training for as many epochs as the dense row has. Training seconds: of training steps, measured
-in runs of seed {seed} that ran alone, one after the other. config: hash of all options but the seed."""
+in runs of seed {seed} that ran alone, each against a dense one on the same machine. config: hash of all options but the
+seed."""
 
 
 # ---- statistics ----
@@ -81,16 +83,21 @@ class Results:
 
     Attributes:
         runs: of every row by seed.
-        timed: of every row the run that ran alone; it may be one of `runs`.
+        timed: of every row those of the first seed that ran alone, the newest first; they may be among `runs`.
     """
 
     table: Table
     runs: Mapping[str, Mapping[int, Run]]
-    timed: Mapping[str, Run]
+    timed: Mapping[str, Sequence[Run]]
 
     def values(self, row: str, name: str) -> dict[int, float]:
         """One number of the summaries by seed."""
         return {seed: run.summary[name] for seed, run in self.runs[row].items()}
+
+    def timed_pair(self, row: str) -> tuple[Run, Run] | None:
+        """The newest run of a row and of its dense row that ran alone on one machine: seconds of two are no ratio."""
+        pairs = itertools.product(self.timed[row], self.timed[self.table.dense[row]])
+        return next((pair for pair in pairs if _hardware(pair[0]) == _hardware(pair[1])), None)
 
     def differences(self, row: str, other: str) -> dict[int, float]:
         """Top-1 of `row` minus that of `other`, in points, for every seed that both have."""
@@ -103,11 +110,10 @@ def collect(table: Table, runs: TableRuns, timed: TableRuns) -> Results:
         found = {seed: runs.result(Cell(row.name, seed)) for seed in table.seeds}
         return {seed: run for seed, run in found.items() if run is not None}
 
-    alone = {name: timed.result(Cell(name, table.seeds[0])) for name in table.rows}
     return Results(
         table=table,
         runs={name: of(row) for name, row in table.rows.items()},
-        timed={name: run for name, run in alone.items() if run is not None},
+        timed={name: timed.results(Cell(name, table.seeds[0])) for name in table.rows},
     )
 
 
@@ -116,9 +122,8 @@ def row_values(results: Results, name: str) -> dict[str, str | float | None]:
     runs, dense = results.runs[name], results.table.dense[name]
     values: dict[str, str | float | None] = dict.fromkeys(COLUMNS)
     values["row"] = name
-    timed = [results.timed[row] for row in (name, dense) if row in results.timed]
-    if len(timed) == 2 and _hardware(timed[0]) == _hardware(timed[1]):  # seconds of two machines are no ratio
-        seconds, dense_seconds = (run.summary["train_seconds"] for run in timed)
+    if (pair := results.timed_pair(name)) is not None:
+        seconds, dense_seconds = (run.summary["train_seconds"] for run in pair)
         values["train_seconds_to_dense"] = seconds / dense_seconds
     if not runs:
         return values
@@ -179,9 +184,8 @@ def _told_runs(results: Results) -> list[tuple[str, Run]]:
     """Every run of the report with its row; one that gives both numbers and seconds stands once."""
     told = []
     for name, by_seed in results.runs.items():
-        timed = results.timed.get(name)
-        runs = [*by_seed.values(), *([timed] if timed and timed not in by_seed.values() else [])]
-        told += [(name, run) for run in runs]
+        told += [(name, run) for run in by_seed.values()]
+        told += [(name, run) for run in results.timed[name] if run not in by_seed.values()]
     return told
 
 
@@ -234,8 +238,8 @@ def _facts(results: Results) -> list[str]:
     images = {run.environment.get("data_fingerprint") for run in runs}
     if len(images) > 1:
         lines.append(f"- the runs were not all made on the same images: {len(images)} different sets")
-    if results.timed:
-        timed = list(results.timed.values())
+    timed = [pair[0] for row in results.table.rows if (pair := results.timed_pair(row)) is not None]
+    if timed:
         lines.append(
             f"- the seconds: {_distinct(timed, _hardware)}, newest run {max(run.date for run in timed)}, "
             f"commit {_distinct(timed, _commit)}"

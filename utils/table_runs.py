@@ -126,10 +126,14 @@ class TableRuns:
         """The run of a cell that was started last, finished or not."""
         return max(self._runs.get(self.key(cell), []), key=_age, default=None)
 
-    def result(self, cell: Cell) -> Run | None:
-        """The finished run of a cell that was started last."""
+    def results(self, cell: Cell) -> list[Run]:
+        """The finished runs of a cell, that which was started last first."""
         finished = [run for run in self._runs.get(self.key(cell), []) if run.summary is not None]
-        return max(finished, key=_age, default=None)
+        return sorted(finished, key=_age, reverse=True)
+
+    def result(self, cell: Cell) -> Run | None:
+        """The one that counts."""
+        return next(iter(self.results(cell)), None)
 
     def is_done(self, cell: Cell) -> bool:
         """A run below `root` that was started again is not, until it has a result; one from elsewhere always is."""
