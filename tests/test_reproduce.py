@@ -590,7 +590,7 @@ def test_the_tables_of_the_project_are_valid(path):
     assert table.judge == "heldout" or len(table.seeds) >= 3
     for row in table.rows.values():
         matched = table.rows.get(row.flops_of)
-        if matched is not None:  # a fair comparison: as many epochs on the same images, or seconds where the name says so
+        if matched is not None:  # a fair comparison: as many epochs, or as many seconds
             difference = total_epochs(row.options) - total_epochs(matched.options)
             assert difference > 0 if row.name.endswith(" longer") else difference == 0
 
