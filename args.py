@@ -86,6 +86,11 @@ class RunConfig:
         "also keep a numbered checkpoint every this many epochs; 0: only last and best",
         within="[0, inf)",
     )
+    test_every: int = option(
+        1,
+        "epochs between evaluations on test images, which choose nothing; 0: only of what may be the result",
+        within="[0, inf)",
+    )
     trainer: str = option("default", "the trainer", choices=("default",))
     print_config: bool = option(False, "print the resolved options as YAML and exit")
     dry_run: bool = option(False, "build everything, run one batch and exit")
@@ -396,7 +401,8 @@ USELESS_KEYS = {  # by method
 # What concerns one command, never the run that is resumed.
 COMMAND_KEYS = {"resume", "evaluate", "dry_run", "print_config"}
 MAY_CHANGE = COMMAND_KEYS | {
-    "device", "multigpu", "sync_bn", "workers", "print_freq", "save_every", "data", "log_dir", "name", "config",
+    "device", "multigpu", "sync_bn", "workers", "print_freq", "save_every", "test_every", "data", "log_dir", "name",
+    "config",
 }  # fmt: skip
 
 

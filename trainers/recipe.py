@@ -158,12 +158,16 @@ class Recipe:
             if run.phase == "search":
                 self.method.end_of_epoch(run, self.config)
             subnet = self.current_subnet(settings.kept_fraction)
-            heldout, test = self.evaluate_subnet(subnet)
-        run.epoch += 1
-        run.step = 0
-        # while the budget falls, a state that still exceeds the final one is no candidate
-        allowed = run.search is None or settings.kept_fraction <= sparsity.keep_ratio + 1e-9
-        is_best = allowed and (run.best is None or not heldout or self.merit(heldout) > self.merit(run.best.heldout))
+            heldout = self.evaluate_heldout(subnet)
+            # while the budget falls, a state that still exceeds the final one is no candidate
+            allowed = run.search is None or settings.kept_fraction <= sparsity.keep_ratio + 1e-9
+            is_best = allowed and (
+                run.best is None or not heldout or self.merit(heldout) > self.merit(run.best.heldout)
+            )
+            run.epoch += 1
+            run.step = 0
+            may_be_result = is_best and run.phase != "search"  # a search ends with a choice, and that is tested
+            test = self.evaluate_on(subnet, self.data.test) if self.is_test_due or may_be_result else {}
         if is_best:
             run.best = Best(subnet, run.epoch, heldout, test)
         self.check_finite()
@@ -193,11 +197,17 @@ class Recipe:
         self.run.ledger.add_forward(images, self.cost(network.plan(subnet.mask_U)))
         return subnet
 
-    def evaluate_subnet(self, subnet: Subnet) -> tuple[dict[str, float], dict[str, float]]:
-        """Held-out metrics, which choose, and test metrics, which are only reported."""
+    @property
+    def is_test_due(self) -> bool:
+        """Whether `--test-every` wants test metrics of the epoch that has just ended."""
+        every = self.config.run.test_every
+        return every > 0 and self.run.epoch % every == 0
+
+    def evaluate_heldout(self, subnet: Subnet) -> dict[str, float]:
+        """Held-out metrics, which choose; none without held-out images. Test metrics are only reported."""
         heldout = self.evaluate_on(subnet, self.data.holdout) if len(self.data.holdout) else {}
         self.run.ledger.add_forward(len(self.data.holdout), self.cost(self.run.network.plan(subnet.mask_U)))
-        return heldout, self.evaluate_on(subnet, self.data.test)
+        return heldout
 
     def evaluate_on(self, subnet: Subnet, images: BatchedSet) -> dict[str, float]:
         network = self.run.network
@@ -226,7 +236,7 @@ class Recipe:
                     run.ledger.add_forward(len(judges), self.cost(run.network.plan(subnets[-1].mask_U)))
             chosen = max(range(len(merits)), key=merits.__getitem__, default=0)  # ties: the top-scored one
             subnet = subnets[chosen]
-            heldout, test = self.evaluate_subnet(subnet)
+            heldout, test = self.evaluate_heldout(subnet), self.evaluate_on(subnet, self.data.test)
         if merits:
             drawn = [accuracy for accuracy, _ in merits[1:]]
             run.choice = {

@@ -125,10 +125,11 @@ class Reporter:
             self._write(run, values)
         except OSError as error:  # such as a full disk: no reason to lose the training
             announce(f"warning: the report of epoch {run.epoch} could not be written ({error}); training goes on")
-        heldout_text = f"held-out {heldout['top1']:.2f} %, " if heldout else ""
+        seen = (("held-out", heldout), ("test", test))
+        accuracies = "".join(f", {name} {metrics['top1']:.2f} %" for name, metrics in seen if metrics)
         announce(
-            f"{run.phase} epoch {run.epoch}: train loss {values['train_loss']:.3f}, {heldout_text}"
-            f"test {test['top1']:.2f} % with {100 * values['subnet_flops_ratio']:.1f} % of the dense FLOPs, "
+            f"{run.phase} epoch {run.epoch}: train loss {values['train_loss']:.3f}{accuracies} with "
+            f"{100 * values['subnet_flops_ratio']:.1f} % of the dense FLOPs, "
             f"{values['step_ms']:.0f} ms a step"
         )
 

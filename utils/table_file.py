@@ -39,7 +39,7 @@ JUDGES = ("test", "heldout")  # test images must choose nothing: a table to choo
 # What a run is told by whoever starts it; a table may not say it.
 DECIDED_ELSEWHERE = ("config", "name", "log_dir", "seed", "resume", "evaluate", "print_config", "dry_run")
 # Left out of the hash: these change no number. The seed stands beside the hash.
-NO_NUMBERS = {*DECIDED_ELSEWHERE, "print_freq", "save_every", "workers"}
+NO_NUMBERS = {*DECIDED_ELSEWHERE, "print_freq", "save_every", "test_every", "workers"}
 OTHER_NUMBERS = ("flops_ratio", "params_kept", "train_flops_ratio", "train_seconds", "epochs")  # beside the accuracy
 SAME_NETWORK = ("set", "data", "arch", "width_mult")  # what a row and its dense row have in common
 
