@@ -80,7 +80,7 @@ summary = {
     "epochs": options["epochs"],
 }
 (folder / "env.json").write_text(json.dumps({
-    "cpu": cpu, "cpu_capability": "AVX2", "num_threads": 2, "torch": "2.14.1",
+    "cpu": cpu, "cpu_capability": "AVX2", "num_threads": 2, "torch": "2.14.1", "gpu": os.environ.get("TEST_GPU"),
     "git_commit": "0123456789abcdef", "git_dirty": False,
 }))
 note("end")
@@ -368,6 +368,14 @@ def test_seconds_are_a_ratio_on_one_machine_only(make, monkeypatch):
     assert make("--only-report") == 0
     assert Path("results/table.csv").read_text() == before
     assert sum(run["alone"] for run in json.loads(Path("results/table.runs.json").read_text())["runs"]) == 5
+
+
+def test_one_kind_of_gpu_in_two_hosts_is_two_machines(make, monkeypatch):
+    monkeypatch.setenv("TEST_GPU", "Difference engine")
+    assert make("--time", "--rows", "dense") == 0
+    monkeypatch.setenv("TEST_CPU", "Slide rule")  # it feeds the GPU, so its seconds are others
+    assert make("--time", "--rows", "half") == 0
+    assert [row["train_seconds_to_dense"] for row in report()] == ["1.0", "not run yet", "not run yet"]
 
 
 def test_a_record_can_be_judged_otherwise_or_says_that_it_cannot(make, capsys):

@@ -15,10 +15,9 @@ from typing import Any
 from args import Config, config_from_dict
 from utils.errors import UserError
 from utils.table_file import config_hash, hashed_options
-from utils.table_runs import Key, Run, read_json
+from utils.table_runs import HARDWARE, Key, Run, machine_of, read_json
 
 ABOUT = "Runs of a table, one on each line; written by utils.reproduce, not by hand."
-HARDWARE = ("cpu", "cpu_capability", "gpu", "num_threads")
 # What the report tells of a run's env.json, and which images it saw.
 FACTS = (*HARDWARE, "torch", "git_commit", "git_dirty", "data_fingerprint")
 
@@ -104,9 +103,8 @@ def write_record(path: Path, numbers: Sequence[str], runs: Iterable[tuple[str, R
 
 
 def _identity(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """The same for a run that was made again. Of seconds every machine has its own: they are a ratio on one alone."""
-    where = [entry.get(name) for name in HARDWARE] if entry["alone"] else []
-    return (entry["config"], entry["seed"], entry["alone"], *where)
+    """The same for a run that was made again; every machine has seconds of its own."""
+    return (entry["config"], entry["seed"], entry["alone"], machine_of(entry) if entry["alone"] else None)
 
 
 def _entry(row: str, run: Run, numbers: Sequence[str]) -> dict[str, Any]:

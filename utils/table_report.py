@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 
 from utils.table_file import Row, Table
 from utils.table_record import write_record
-from utils.table_runs import Cell, Run, TableRuns
+from utils.table_runs import Cell, Run, TableRuns, machine_of
 
 MISSING = "not run yet"
 IMAGES = {"test": "test", "heldout": "held-out"}  # what a table calls its judge
@@ -95,9 +95,9 @@ class Results:
         return {seed: run.summary[name] for seed, run in self.runs[row].items()}
 
     def timed_pair(self, row: str) -> tuple[Run, Run] | None:
-        """The newest run of a row and of its dense row that ran alone on one machine: seconds of two are no ratio."""
+        """The newest run of a row and of its dense row that ran alone on one machine."""
         pairs = itertools.product(self.timed[row], self.timed[self.table.dense[row]])
-        return next((pair for pair in pairs if _hardware(pair[0]) == _hardware(pair[1])), None)
+        return next(((ours, dense) for ours, dense in pairs if _machine(ours) == _machine(dense)), None)
 
     def differences(self, row: str, other: str) -> dict[int, float]:
         """Top-1 of `row` minus that of `other`, in points, for every seed that both have."""
@@ -255,6 +255,10 @@ def _without_machine(path: Path) -> str:
 
 def _distinct(runs: Iterable[Run], fact: Callable[[Run], object]) -> str:
     return "; ".join(dict.fromkeys(str(fact(run) or "unknown") for run in runs))
+
+
+def _machine(run: Run) -> tuple[object, ...]:
+    return machine_of(run.environment)
 
 
 def _hardware(run: Run) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.table_file import Table, config_hash, hashed_options
 
 HASH = re.compile(r"[0-9a-f]{12}")
+HARDWARE = ("cpu", "cpu_capability", "gpu", "num_threads")  # of env.json: what decides how long a run takes
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Run:
     date: str
     alone: bool
     folder: Path | None = None
+
+
+def machine_of(facts: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Equal for runs on one machine, the only ones whose seconds are a ratio. `facts`: of env.json, or a record's."""
+    return tuple(facts.get(name) for name in HARDWARE)
 
 
 class TableRuns:
