@@ -164,10 +164,11 @@ class Recipe:
             is_best = allowed and (
                 run.best is None or not heldout or self.merit(heldout) > self.merit(run.best.heldout)
             )
-            run.epoch += 1
-            run.step = 0
             may_be_result = is_best and run.phase != "search"  # a search ends with a choice, and that is tested
-            test = self.evaluate_on(subnet, self.data.test) if self.is_test_due or may_be_result else {}
+            is_tested = may_be_result or self.is_test_due(run.epoch + 1)
+            test = self.evaluate_on(subnet, self.data.test) if is_tested else {}
+        run.epoch += 1
+        run.step = 0
         if is_best:
             run.best = Best(subnet, run.epoch, heldout, test)
         self.check_finite()
@@ -197,11 +198,10 @@ class Recipe:
         self.run.ledger.add_forward(images, self.cost(network.plan(subnet.mask_U)))
         return subnet
 
-    @property
-    def is_test_due(self) -> bool:
-        """Whether `--test-every` wants test metrics of the epoch that has just ended."""
+    def is_test_due(self, epoch: int) -> bool:
+        """Whether `--test-every` wants test metrics of this epoch, counted from 1."""
         every = self.config.run.test_every
-        return every > 0 and self.run.epoch % every == 0
+        return every > 0 and epoch % every == 0
 
     def evaluate_heldout(self, subnet: Subnet) -> dict[str, float]:
         """Held-out metrics, which choose; none without held-out images. Test metrics are only reported."""
