@@ -1,4 +1,4 @@
-"""What is committed of runs: every table is what its record says, and the README says what the tables say."""
+"""What is committed of runs: every table is what its record says, the README and the recipes what the tables say."""
 
 import re
 import shutil
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from args import config_from_dict, parse_args
 from utils import reproduce
+from utils.table_file import hashed_options, read_table
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECORDS = sorted((PROJECT / "results").glob("*.runs.json"))
@@ -45,3 +47,18 @@ def test_the_readme_says_what_the_tables_say():
         by_name = {row["row"]: row for row in whole}
         for row in rows:
             assert row == {heading: by_name[row["row"]][heading] for heading in row}, name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "table", "row"),
+    [
+        ("best_vgg16_quarter", "search", "8 + 4, end 1"),
+        ("best_resnet8", "search_resnet", "3 + 3, linear_cv_gates, tangent"),
+        ("best_resnet20", "search_resnet20", "6 + 6"),
+    ],
+)
+def test_a_recipe_is_the_trial_that_it_comes_from(recipe, table, row):
+    trial = read_table(PROJECT / f"configs/tables/{table}.yaml").rows[row]
+    images = ["--data", trial.options["data"]] if "data" in trial.options else []
+    given = parse_args(["--config", str(PROJECT / f"configs/{recipe}.yaml"), *images])
+    assert hashed_options(given.config) == hashed_options(config_from_dict(trial.options, trial.where))
