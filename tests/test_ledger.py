@@ -1,0 +1,110 @@
+"""The training FLOPs that a run reports are the multiply-adds that it really ran, counted at the convolutions."""
+
+import pytest
+
+from tests.tiny import BATCH, SEARCH, STEPS, TEST, Pass, Run, Save, Step, make_images, run
+
+CASES = {
+    "dense": ("--method", "dense"),
+    "thin": ("--method", "thin"),
+    "l1": ("--method", "l1", "--epochs", "1"),
+    "gumbel": ("--method", "gumbel", "--no-finetune"),
+    "vrpge": ("--budget-schedule", "cubic"),  # the first two masks keep everything: one of them is not run
+    "rarely": ("--score-every", "3", "--K", "3", "--sample-from-training-set"),
+    "masked": ("--execution", "masked", "--K", "3", "--weight-samples", "2", "--test-every", "0", "--no-finetune"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Run]:
+    root = tmp_path_factory.mktemp("ledger")
+    images = make_images(root / "images")
+    return {name: run(root, images, *options, name=name) for name, options in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def dense_macs(runs) -> float:
+    """Of one image in one forward pass of the whole network."""
+    first = runs["dense"].record.passes("graph")[0]
+    return first.macs / len(first.images)
+
+
+def spent(events: list, padding: bool) -> int:
+    """What training ran: a backward pass costs two forward passes; passes on test images are no part of training."""
+    passes = [event for event in events if isinstance(event, Pass) and not event.is_test]
+    return sum((p.macs if padding else p.live_macs) * (3 if p.kind == "graph" else 1) for p in passes)
+
+
+def of_dense_training(events: list, dense_macs: float) -> float:
+    steps = sum(isinstance(event, Step) and event.kind == "weights" for event in events)
+    images = {len(event.images) for event in events if isinstance(event, Pass) and event.kind == "graph"}
+    (batch_size,) = images
+    return 3 * steps * batch_size * dense_macs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_summary_tells_what_training_ran(runs, dense_macs, name):
+    done = runs[name]
+    assert done.code == 0
+    epochs = done.record.epochs()
+    dense = sum(of_dense_training(events, dense_macs) for events in epochs)
+    events = done.record.events
+    assert done.summary["train_flops_ratio"] == pytest.approx(spent(events, False) / dense, rel=1e-12)
+    assert done.summary["train_flops_ratio_padded"] == pytest.approx(spent(events, True) / dense, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_row_tells_what_was_run_up_to_then(runs, dense_macs, name):
+    """A row is written before the checkpoint of its epoch; the choice, which follows the search, is in the next."""
+    done, executed, dense, forward = runs[name], 0, 0.0, []
+    for row, events in zip(done.rows, done.record.epochs(), strict=True):
+        last_step = max(i for i, event in enumerate(events) if isinstance(event, Step) and event.kind == "weights")
+        reported = next(i for i, event in enumerate(events) if isinstance(event, Save))
+        dense += of_dense_training(events, dense_macs)
+        ratio = (executed + spent(events[:reported], False)) / dense
+        assert float(row["train_flops_ratio"]) == pytest.approx(ratio, rel=1e-12)
+        executed += spent(events, False)
+        steps = [event for event in events[:last_step] if isinstance(event, Pass)]
+        now = [p.live_macs / len(p.images) / dense_macs for p in steps]
+        forward += now
+        assert float(row["forward_flops_ratio"]) == pytest.approx(sum(now) / len(now), rel=1e-12)
+        assert float(row["forward_flops_ratio_mean"]) == pytest.approx(sum(forward) / len(forward), rel=1e-12)
+        subnet = next(event for event in events[last_step:] if isinstance(event, Pass) and event.kind == "evaluation")
+        shown = subnet.live_macs / len(subnet.images) / dense_macs
+        assert name == "masked" or float(row["subnet_flops_ratio"]) == pytest.approx(shown, rel=1e-12)
+
+
+def test_what_the_cases_are_made_for_did_happen(runs):
+    """A twin was left out, a step ran without a structure step, two passes of a step were backward, test passes ran."""
+
+    def passes_of_steps(name: str) -> list[str]:
+        kinds, all_steps = "", []
+        for event in runs[name].record.events:
+            if isinstance(event, Pass):
+                kinds += event.kind[0]
+            elif isinstance(event, Step) and event.kind == "weights":
+                all_steps.append(kinds.rpartition("e")[2])  # what came before were evaluations and statistics
+                kinds = ""
+        return all_steps[: SEARCH * STEPS]
+
+    assert passes_of_steps("vrpge")[0] == "g"
+    assert passes_of_steps("vrpge")[-1] == "gf"
+    assert passes_of_steps("rarely") == ["gff" if step % 3 == 0 else "g" for step in range(SEARCH * STEPS)]
+    assert set(passes_of_steps("masked")) == {"ggf"}
+    assert set(passes_of_steps("gumbel")) == {"g"}
+    for name, done in runs.items():
+        tested = sum(len(p.images) for p in done.record.passes() if p.is_test)
+        assert tested % TEST == 0
+        assert tested > 0
+        assert name in ("dense", "gumbel", "masked") or done.summary["train_flops_ratio"] < 1.2
+    padded, plain = (runs["thin"].summary[key] for key in ("train_flops_ratio_padded", "train_flops_ratio"))
+    assert padded > 1.5 * plain
+
+
+def test_choosing_by_training_images_costs_their_passes(runs):
+    """Three drawn candidates and the top-scored one, on all training images, after their statistics."""
+    events = runs["rarely"].record.epochs()[SEARCH - 1]
+    saved = [i for i, event in enumerate(events) if isinstance(event, Save)]
+    choice = [event for event in events[saved[0] :] if isinstance(event, Pass)]
+    assert sum(len(p.images) for p in choice if p.kind == "free") == 4 * 2 * BATCH
+    assert sum(len(p.images) for p in choice if p.kind == "evaluation" and not p.is_test) == 4 * 72 + 18
