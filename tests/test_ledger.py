@@ -1,25 +1,36 @@
 """The training FLOPs that a run reports are the multiply-adds that it really ran, counted at the convolutions."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.tiny import BATCH, SEARCH, STEPS, TEST, Pass, Run, Save, Step, make_images, run
 
 CASES = {
-    "dense": ("--method", "dense"),
-    "thin": ("--method", "thin"),
-    "l1": ("--method", "l1", "--epochs", "1"),
-    "gumbel": ("--method", "gumbel", "--no-finetune"),
-    "vrpge": ("--budget-schedule", "cubic"),  # the first two masks keep everything: one of them is not run
-    "rarely": ("--score-every", "3", "--K", "3", "--sample-from-training-set"),
-    "masked": ("--execution", "masked", "--K", "3", "--weight-samples", "2", "--test-every", "0", "--no-finetune"),
+    "dense": {"method": "dense"},
+    "thin": {"method": "thin"},
+    "l1": {"method": "l1", "epochs": 1},
+    "gumbel": {"method": "gumbel", "finetune": False},
+    "vrpge": {"budget_schedule": "cubic"},  # the first two masks keep everything: one of them is not run
+    "rarely": {"score_every": 3, "K": 3, "sample_from_training_set": True},
+    "masked": {"execution": "masked", "K": 3, "weight_samples": 2, "test_every": 0, "finetune": False},
 }
 
 
+class Runs(dict):
+    """The runs of the cases, each made when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.images = root, make_images(root / "images")
+
+    def __missing__(self, name: str) -> Run:
+        self[name] = run(self.root, self.images, name=name, **CASES[name])
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Run]:
-    root = tmp_path_factory.mktemp("ledger")
-    images = make_images(root / "images")
-    return {name: run(root, images, *options, name=name) for name, options in CASES.items()}
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("ledger"))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +103,8 @@ def test_what_the_cases_are_made_for_did_happen(runs):
     assert passes_of_steps("rarely") == ["gff" if step % 3 == 0 else "g" for step in range(SEARCH * STEPS)]
     assert set(passes_of_steps("masked")) == {"ggf"}
     assert set(passes_of_steps("gumbel")) == {"g"}
-    for name, done in runs.items():
+    for name in CASES:
+        done = runs[name]
         tested = sum(len(p.images) for p in done.record.passes() if p.is_test)
         assert tested % TEST == 0
         assert tested > 0

@@ -34,24 +34,24 @@ TRAIN, HELDOUT, TEST = 72, 18, 24  # images; six classes
 BATCH, FINETUNE_BATCH = 18, 9
 STEPS, FINETUNE_STEPS = TRAIN // BATCH, TRAIN // FINETUNE_BATCH  # in an epoch
 SEARCH, FINETUNE = 2, 1  # epochs, unless told otherwise
-TINY = f"""
-set: ImageFolder
-arch: resnet8_he
-width_mult: 0.25
-keep_ratio: 0.5
-score_lr: 0.05
-epochs: {SEARCH}
-batch_size: {BATCH}
-weight_lr: 0.05
-finetune_epochs: {FINETUNE}
-finetune_batch_size: {FINETUNE_BATCH}
-num_subnets: 3
-bn_batches: 2
-holdout: 0.2
-workers: 0
-device: cpu
-save_every: 1
-"""
+TINY = {
+    "set": "ImageFolder",
+    "arch": "resnet8_he",
+    "width_mult": 0.25,
+    "keep_ratio": 0.5,
+    "score_lr": 0.05,
+    "epochs": SEARCH,
+    "batch_size": BATCH,
+    "weight_lr": 0.05,
+    "finetune_epochs": FINETUNE,
+    "finetune_batch_size": FINETUNE_BATCH,
+    "num_subnets": 3,
+    "bn_batches": 2,
+    "holdout": 0.2,
+    "workers": 0,
+    "device": "cpu",
+    "save_every": 1,
+}
 
 
 def make_images(root: Path, turn: int = 0) -> Path:
@@ -270,16 +270,19 @@ class Run:
         return torch.load(self.folder / "checkpoints" / file, weights_only=True)
 
 
-def run(root: Path, images: Path, *options: str, name: str = "run", interrupt_at: int | None = None) -> Run:
+def run(
+    root: Path, images: Path, *options: str, name: str = "run", interrupt_at: int | None = None, **settings: object
+) -> Run:
     """Runs `main` with the tiny configuration and some options.
 
     Args:
         root: where the runs of several calls lie side by side, each under its name.
         interrupt_at: number of the step of the weights, from 0, in which a signal asks to stop.
+        settings: other values for keys of the configuration file, or more keys.
     """
     root.mkdir(exist_ok=True)
     config = root / "tiny.yaml"
-    config.write_text(TINY)
+    config.write_text("".join(f"{key}: {value}\n" for key, value in {**TINY, **settings}.items()))
     record = Record()
     fixed = ["--config", str(config), "--data", str(images), "--log-dir", str(root / "runs"), "--name", name]
     with record.watching(interrupt_at):
