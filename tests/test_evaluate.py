@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from args import Config
 from tests.toy import (
     NETWORKS,
     REFERENCES,
@@ -26,6 +29,8 @@ from tests.toy import (
     sparse_network,
 )
 from trainers.default import Draw, SearchState, StepSettings, evaluate, train_step
+from trainers.methods import METHODS
+from trainers.methods.policy_gradient import drawn_mask, top_scored_mask
 from utils.network import SparseNetwork
 from utils.subnet import Subnet, best_within_budget, estimate_statistics, installed
 
@@ -303,19 +308,25 @@ def test_bfloat16_statistics_are_kept_in_float32():
 # --- choosing a mask ------------------------------------------------------------------------------------------------
 
 
-def best_of(values: list[np.ndarray], scores: list[np.ndarray], fraction: float) -> np.ndarray:
-    """`best_within_budget` with a budget for each part."""
-    ends = np.cumsum([len(part) for part in scores])
-    groups = [slice(end - len(part), end) for end, part in zip(ends, scores, strict=True)]
-    return best_within_budget(np.concatenate(values), np.concatenate(scores), groups, fraction, [])
+def scored(*layers: np.ndarray) -> tuple[SimpleNamespace, Config]:
+    """As much of a network with these scores as choosing a mask reads, and a config with a budget for each layer."""
+    ends = np.cumsum([len(part) for part in layers])
+    groups = [slice(end - len(part), end) for end, part in zip(ends, layers, strict=True)]
+    network = SimpleNamespace(
+        scores=torch.nn.Parameter(torch.from_numpy(np.concatenate(layers)), requires_grad=False),
+        num_units=int(ends[-1]),
+        unit_groups=lambda: groups,
+        semantics="released",  # no layer guard
+    )
+    return network, config(constrain_by_layer=True)
 
 
-def top_scored_mask(scores: list[np.ndarray], fraction: float) -> np.ndarray:
-    return best_of(scores, scores, fraction)
+def best_of(layers: list[np.ndarray], fraction: float) -> np.ndarray:
+    return top_scored_mask(*scored(*layers), fraction)
 
 
-def drawn_mask(scores: list[np.ndarray], fraction: float, generator: np.random.Generator) -> np.ndarray:
-    return best_of([np.where(generator.random(len(part)) < part, part, 0) for part in scores], scores, fraction)
+def draw_of(layers: list[np.ndarray], fraction: float, generator: np.random.Generator) -> np.ndarray:
+    return drawn_mask(*scored(*layers), fraction, generator)
 
 
 def test_a_vital_layer_keeps_its_best_unit_inside_the_budget():
@@ -330,39 +341,39 @@ def test_a_vital_layer_keeps_its_best_unit_inside_the_budget():
 
 def test_the_highest_scores_within_the_budget():
     scores = np.array([0.9, 0.1, 0.5, 0.7, 0.3])
-    assert top_scored_mask([scores], 0.4).tolist() == [True, False, False, True, False]
-    assert top_scored_mask([scores], 0.59).sum() == 2
-    assert top_scored_mask([scores], 0.6).sum() == 3
-    assert top_scored_mask([scores], 1.0).all()
+    assert best_of([scores], 0.4).tolist() == [True, False, False, True, False]
+    assert best_of([scores], 0.59).sum() == 2
+    assert best_of([scores], 0.6).sum() == 3
+    assert best_of([scores], 1.0).all()
 
 
 def test_ties_go_to_the_lowest_index():
-    assert top_scored_mask([np.full(6, 0.5)], 0.5).tolist() == [True] * 3 + [False] * 3
-    assert top_scored_mask([np.array([0.2, 1.0, 0.5, 1.0, 0.5, 0.5])], 2 / 3).tolist() == [
+    assert best_of([np.full(6, 0.5)], 0.5).tolist() == [True] * 3 + [False] * 3
+    assert best_of([np.array([0.2, 1.0, 0.5, 1.0, 0.5, 0.5])], 2 / 3).tolist() == [
         False, True, True, True, True, False,
     ]  # fmt: skip
 
 
 def test_never_a_score_of_zero_even_within_the_budget():
-    assert top_scored_mask([np.array([0.0, 0.3, 0.0, 1e-30])], 1.0).tolist() == [False, True, False, True]
-    assert not top_scored_mask([np.zeros(4)], 1.0).any()
+    assert best_of([np.array([0.0, 0.3, 0.0, 1e-30])], 1.0).tolist() == [False, True, False, True]
+    assert not best_of([np.zeros(4)], 1.0).any()
 
 
 @pytest.mark.parametrize(("fraction", "units", "kept"), [(0.1, 30, 3), (0.3, 10, 3), (0.7, 10, 7), (0.29, 100, 29)])
 def test_a_budget_that_is_whole_but_for_rounding(fraction, units, kept):
-    assert top_scored_mask([np.linspace(0.1, 1, units)], fraction).sum() == kept
+    assert best_of([np.linspace(0.1, 1, units)], fraction).sum() == kept
 
 
 def test_groups_have_budgets_of_their_own():
     groups = [np.array([0.9, 0.8, 0.7, 0.6]), np.array([0.1, 0.2])]
-    assert top_scored_mask(groups, 0.5).tolist() == [True, True, False, False, False, True]
-    assert top_scored_mask([np.concatenate(groups)], 0.5).tolist() == [True, True, True, False, False, False]
+    assert best_of(groups, 0.5).tolist() == [True, True, False, False, False, True]
+    assert best_of([np.concatenate(groups)], 0.5).tolist() == [True, True, True, False, False, False]
 
 
 def test_drawn_masks_obey_scores_and_budget():
     scores = np.concatenate([np.zeros(5), np.ones(5), np.full(20, 0.5)])
     generator = np.random.default_rng(0)
-    drawn = np.stack([drawn_mask([scores], 0.5, generator) for _ in range(400)])
+    drawn = np.stack([draw_of([scores], 0.5, generator) for _ in range(400)])
     assert drawn.sum(1).max() == 15
     assert not drawn[:, :5].any()
     assert drawn[:, 5:10].all()  # of a draw above the budget, the likely ones stay
@@ -372,15 +383,41 @@ def test_drawn_masks_obey_scores_and_budget():
 
 def test_drawn_masks_have_the_frequencies_of_the_scores():
     scores = np.array([0.1, 0.5, 0.9])
-    generator = np.random.default_rng(1)
-    frequency = np.mean([drawn_mask([scores], 1.0, generator) for _ in range(10_000)], axis=0)
+    generator, made_once = np.random.default_rng(1), scored(scores)
+    frequency = np.mean([drawn_mask(*made_once, 1.0, generator) for _ in range(10_000)], axis=0)
     assert np.abs(frequency - scores).max() < 5 * 0.5 / 100
 
 
 def test_the_generator_decides_a_draw():
     scores = [np.full(40, 0.5), np.full(40, 0.3)]
-    one, same, other = (drawn_mask(scores, 0.5, np.random.default_rng(seed)) for seed in (3, 3, 4))
+    one, same, other = (draw_of(scores, 0.5, np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)
     assert one[:40].sum() <= 20
     assert one[40:].sum() <= 20
+
+
+def test_one_budget_for_all_layers_unless_each_is_to_have_its_own():
+    network, options = scored(np.array([0.9, 0.8, 0.7, 0.6]), np.array([0.1, 0.2]))
+    whole = replace(options, sparsity=replace(options.sparsity, constrain_by_layer=False))
+    assert top_scored_mask(network, whole, 0.5).tolist() == [True, True, True, False, False, False]
+    assert top_scored_mask(network, options, 0.5).tolist() == [True, True, False, False, False, True]
+
+
+def test_candidates_are_the_top_scored_mask_and_draws_that_only_the_seed_decides():
+    network, options = scored(np.linspace(0.05, 0.95, 40))
+
+    def candidates(seed: int, count: int = 4) -> list[np.ndarray]:
+        run = replace(options.run, seed=seed)
+        finetune = replace(options.finetune, num_subnets=count)
+        return METHODS["vrpge"].candidates(network, replace(options, run=run, finetune=finetune))
+
+    first, *drawn = candidates(0)
+    assert np.array_equal(first, top_scored_mask(network, options, options.sparsity.keep_ratio))
+    assert len(drawn) == 4
+    assert len(np.unique(drawn, axis=0)) == 4
+    assert all(mask.sum() <= options.sparsity.keep_ratio * 40 for mask in drawn)
+    torch.rand(7)  # the global generator has no part in it
+    assert all(np.array_equal(a, b) for a, b in zip(candidates(0), [first, *drawn], strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(candidates(0, 2), [first, *drawn[:2]], strict=True))
+    assert not any(np.array_equal(a, b) for a, b in zip(candidates(1)[1:], drawn, strict=True))
