@@ -1,6 +1,7 @@
 """The recipe from step to step: what optimizers, passes and statistics really were, against formulas written anew."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def test_every_step_of_the_weights_is_sgd_and_fine_tuning_starts_without_momentu
     options = {"nesterov": False, **CASES[name]}
     momentum, decay = options["momentum"], options["weight_decay"]
     steps = runs[name].record.steps("weights")
-    for earlier, later in zip(steps, steps[1:], strict=False):
+    for earlier, later in pairwise(steps):
         assert all(a.equal(b) for a, b in zip(earlier.after, later.before, strict=True))
     for part in phases(steps):
         assert [step.is_fresh for step in part] == [True] + [False] * (len(part) - 1)

@@ -1,0 +1,258 @@
+"""What a run reports: every column, curve, clock and number of the summary against what was seen from outside."""
+
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import trainers.recipe
+from main import main
+from tests.tiny import (
+    BATCH,
+    FINETUNE,
+    FINETUNE_BATCH,
+    FINETUNE_STEPS,
+    SEARCH,
+    STEPS,
+    Pass,
+    Run,
+    Save,
+    Step,
+    kept_mask,
+    make_images,
+    run,
+    scores_of,
+)
+from utils.errors import RankError
+
+CURVES = {  # column of results.csv -> curve in TensorBoard
+    **{
+        f"{part}_{name}": f"{part}/{name}" for part in ("train", "heldout", "test") for name in ("loss", "top1", "top5")
+    },
+    "budget": "sparsity/budget",
+    "keep_ratio_expected": "sparsity/keep_ratio_expected",
+    "keep_ratio_drawn": "sparsity/keep_ratio_drawn",
+    "v": "scores/v",
+    "max_score": "scores/max",
+    "score_entropy": "scores/entropy_bits",
+    "share_zero": "scores/share_exactly_0",
+    "share_one": "scores/share_exactly_1",
+    "loss_difference": "vrpge/loss_difference",
+    "forward_flops_ratio": "flops/forward_ratio",
+    "forward_flops_ratio_mean": "flops/forward_ratio_running_mean",
+    "subnet_flops_ratio": "flops/subnet_ratio",
+    "train_flops_ratio": "flops/train_ratio",
+    "weight_lr": "lr/weights",
+    "score_lr": "lr/scores",
+    "images_per_second": "perf/images_per_second",
+    "step_ms": "perf/step_ms",
+}
+OF_THE_SEARCH = (
+    *("budget", "keep_ratio_expected", "keep_ratio_drawn", "v", "max_score", "score_entropy", "share_zero"),
+    *("share_one", "loss_difference", "score_lr"),
+)
+# large steps of the scores: some are exactly 0 or 1 at the end of an epoch
+SETTINGS = {"budget_schedule": "cubic", "score_lr": 0.3, "lr_policy": "constant_lr", "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def done(images, tmp_path_factory) -> Run:
+    return run(tmp_path_factory.mktemp("report"), images, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def epochs(done) -> list[list[Pass | Step | Save]]:
+    """What happened in each epoch until its row was written, which is before its checkpoint."""
+    return [events[: next(i for i, e in enumerate(events) if isinstance(e, Save))] for events in done.record.epochs()]
+
+
+def close(values: list[float]) -> object:
+    return pytest.approx(values, rel=1e-5, abs=1e-6)
+
+
+def losses_and_hits(passes: list[Pass]) -> tuple[float, float, float]:
+    """Mean loss, and the shares of the labels that are the highest or among the five highest logits, in per cent."""
+    count = sum(len(p.images) for p in passes)
+    loss = sum(p.loss * len(p.images) for p in passes) / count
+    return loss, *(100 * sum(p.hits(k) for p in passes) / count for k in (1, 5))
+
+
+def test_losses_and_accuracies_are_means_over_images_in_per_cent(done, epochs):
+    kinds = {
+        "train": lambda p: p.kind == "graph",
+        "heldout": lambda p: p.kind == "evaluation" and not p.is_test,
+        "test": lambda p: p.kind == "evaluation" and p.is_test,
+    }
+    for part, belongs in kinds.items():
+        seen = [losses_and_hits([p for p in events if isinstance(p, Pass) and belongs(p)]) for events in epochs]
+        for name, values in zip(("loss", "top1", "top5"), zip(*seen, strict=True), strict=True):
+            assert done.column(f"{part}_{name}") == close(list(values)), (part, name)
+    assert all(
+        one < five < 100.001 for one, five in zip(done.column("test_top1"), done.column("test_top5"), strict=True)
+    )
+
+
+def test_scores_are_summed_up_as_they_are_in_the_checkpoint(done):
+    seen, states = [], [done.load(f"epoch_{epoch}.pt") for epoch in range(1, SEARCH + 1)]
+    for row, state in zip(done.rows, states, strict=False):
+        scores = scores_of(state).double().tolist()
+        open_ = [s for s in scores if 0 < s < 1]
+        bits = -sum(s * math.log2(s) + (1 - s) * math.log2(1 - s) for s in open_) / len(scores)
+        zero, one = (sum(s == end for s in scores) / len(scores) for end in (0, 1))
+        seen.append((zero, one))
+        told = [float(row[name]) for name in ("keep_ratio_expected", "max_score", "score_entropy")]
+        assert told == close([statistics.mean(scores), max(scores), bits])
+        assert [float(row[name]) for name in ("share_zero", "share_one")] == close([zero, one])
+        assert float(row["keep_ratio_drawn"]) == close(float(state["search"]["masks"][0].double().mean()))
+    assert any(0 < zero != one > 0 for zero, one in seen)
+
+
+def test_what_the_structure_steps_did_is_a_mean_over_the_steps(done, epochs):
+    """v is by how much the projection lowered the scores that are still between 0 and 1."""
+    for number, events in enumerate(epochs[:SEARCH]):
+        differences, shifts, first, second = [], [], None, None
+        steps = [e for e in events if isinstance(e, Step) and e.kind == "scores"]
+        projected = [*(step.before[0] for step in steps[1:]), scores_of(done.load(f"epoch_{number + 1}.pt"))]
+        for step, then in zip(steps, projected, strict=True):
+            inside = (then > 0) & (then < 1)
+            shifts.append(float((step.after[0] - then)[inside].double().mean()) if inside.any() else 0.0)
+        for event in events:
+            if isinstance(event, Pass) and event.kind in ("graph", "free"):
+                first, second = (event.loss, event.loss) if event.kind == "graph" else (first, event.loss)
+            elif isinstance(event, Step) and event.kind == "weights":
+                differences.append(abs(first - second))
+        assert float(done.rows[number]["v"]) == pytest.approx(statistics.mean(shifts), rel=1e-3)
+        assert max(shifts) > 0.01
+        assert float(done.rows[number]["loss_difference"]) == close(statistics.mean(differences))
+        assert max(differences) > 0
+
+
+def test_rates_and_speeds_are_those_of_the_steps(done, epochs):
+    """By a clock on which a training step takes a second."""
+    for kind, column in (("weights", "weight_lr"), ("scores", "score_lr")):
+        last = [[e.group["lr"] for e in events if isinstance(e, Step) and e.kind == kind] for events in epochs]
+        told = [row[column] for row in done.rows]
+        assert [float(value) if value else None for value in told] == [lr[-1] if lr else None for lr in last]
+    assert done.column("epoch_seconds") == [STEPS] * SEARCH + [FINETUNE_STEPS] * FINETUNE
+    assert done.column("images_per_second") == [BATCH] * SEARCH + [FINETUNE_BATCH] * FINETUNE
+    assert done.column("step_ms") == [1000] * (SEARCH + FINETUNE)
+    assert [row["phase"] for row in done.rows] == ["search"] * SEARCH + ["finetune"] * FINETUNE
+    assert [row["epoch"] for row in done.rows] == ["1", "2", "3"]
+
+
+def test_the_columns_of_the_search_are_empty_in_fine_tuning(done):
+    for name in CURVES:
+        filled = [row[name] != "" for row in done.rows]
+        assert filled == [True] * SEARCH + [name not in OF_THE_SEARCH] * FINETUNE, name
+
+
+def test_every_curve_shows_its_column(done):
+    events = EventAccumulator(str(done.folder / "logs"), size_guidance={"scalars": 0}).Reload()
+    for column, tag in CURVES.items():
+        points = {event.step: event.value for event in events.Scalars(tag)}
+        told = {int(row["epoch"]): float(row[column]) for row in done.rows if row[column]}
+        assert points == pytest.approx(told, rel=1e-6), column
+    assert set(events.Tags()["scalars"]) == set(CURVES.values())
+
+
+def test_the_summary_is_that_of_the_best_checkpoint(done):
+    summary, best = done.summary, done.load("best.pt")
+    for part in ("test", "heldout"):
+        assert summary[f"{part}_top1"] == best[part]["top1"]
+    assert (summary["test_top5"], summary["test_loss"]) == (best["test"]["top5"], best["test"]["loss"])
+    assert summary["units_kept"] == pytest.approx(kept_mask(best).mean())
+    whole = done.record.passes("graph")[0]  # the first budget is everything
+    last = next(p for p in reversed(done.record.passes("evaluation")) if p.is_test)
+    ratio = (last.live_macs / len(last.images)) / (whole.macs / len(whole.images))
+    assert summary["flops_ratio"] == pytest.approx(ratio, rel=1e-12)
+    same = {"method": "vrpge", "arch": "resnet8_he", "keep_ratio": 0.5, "seed": 3, "epochs": SEARCH + FINETUNE}
+    assert {key: summary[key] for key in same} == same
+
+
+def test_parameters_kept_are_those_of_the_thin_network(images, tmp_path):
+    def run_of(method: str) -> tuple[float, int]:
+        each = run(tmp_path, images, "--no-finetune", name=method, method=method, epochs=1)
+        model = each.load("best.pt")["model"]
+        return each.summary["params_kept"], sum(t.numel() for n, t in model.items() if n.endswith(("weight", "bias")))
+
+    (kept, thin), (all_of_them, dense) = run_of("thin"), run_of("dense")
+    assert kept == pytest.approx(thin / dense, rel=1e-12)
+    assert all_of_them == 1
+
+
+# ---- clocks ----
+
+
+def test_clocks_go_on_where_a_run_was_stopped(images, tmp_path, done):
+    """In the second epoch of the search and in fine-tuning."""
+    assert run(tmp_path, images, interrupt_at=STEPS + 1, **SETTINGS).code == 130
+    assert run(tmp_path, images, "--resume", interrupt_at=STEPS, **SETTINGS).code == 130
+    parts = run(tmp_path, images, "--resume", **SETTINGS)
+    assert parts.code == done.code == 0
+    steps, evaluations = SEARCH * STEPS + FINETUNE * FINETUNE_STEPS, len(done.record.passes("evaluation"))
+    for each in (done, parts):
+        assert each.summary["train_seconds"] == steps
+        assert each.summary["seconds"] == steps + evaluations / 4
+    assert parts.column("epoch_seconds") == [STEPS] * SEARCH + [FINETUNE_STEPS] * FINETUNE
+
+
+# ---- ranks and devices ----
+
+
+def test_ranks_are_compared_at_the_start_now_and_then_and_after_every_epoch(images, tmp_path, monkeypatch):
+    seen = []
+
+    def compared(tensors: dict[str, torch.Tensor], when: str) -> None:
+        if when.startswith("after"):
+            seen.append((when, dict(tensors)))
+
+    monkeypatch.setattr(trainers.recipe, "check_equal", compared)
+    monkeypatch.setattr(trainers.recipe, "CHECK_EVERY", 3)
+    done = run(tmp_path, images, "--no-finetune", retire="off")
+    places = [(0, 0), (0, 3), (1, 0), (1, 3), (2, 0)]
+    assert [when for when, _ in seen] == [f"after {epoch} epochs and {step} steps" for epoch, step in places]
+    tensors = list(seen[-1][1].values())
+    state = done.load("epoch_2.pt")
+    optimizers = state["weight_optimizer"], state["search"]["score_optimizer"]
+    inner = [t for optimizer in optimizers for values in optimizer["state"].values() for t in values.values()]
+    inner = [t for t in inner if isinstance(t, torch.Tensor)]
+    assert len(inner) > len(done.record.steps("weights")[0].before)
+    for tensor in (*state["model"].values(), *inner, state["search"]["masks"]):  # weights, statistics and scores first
+        assert any(t.shape == tensor.shape and torch.equal(t, tensor) for t in tensors)
+
+
+def test_ranks_that_differ_end_with_exit_code_4(images, tmp_path, monkeypatch, capsys):
+    def differ(_tensors: dict[str, torch.Tensor], when: str) -> None:
+        if when.startswith("after 1 epochs"):
+            raise RankError("conv1.weight differs")
+
+    monkeypatch.setattr(trainers.recipe, "check_equal", differ)
+    assert run(tmp_path, images).code == 4
+    assert "conv1.weight differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:1"])
+def test_a_gpu_that_was_asked_for_and_is_not_there_is_one_sentence(tmp_path, monkeypatch, capsys, device):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["--device", device, "--log-dir", str(tmp_path / "runs")]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert "no CUDA GPU" in said.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_released_way_to_name_a_gpu_falls_back_to_the_cpu_and_says_so(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    done = run(tmp_path, images, "--multigpu", "0", "--no-finetune", method="thin", epochs=1, device="auto")
+    assert done.code == 0
+    assert done.summary["device"].startswith("cpu")
+    assert "no CUDA GPU here, training on the CPU instead" in capsys.readouterr().out
