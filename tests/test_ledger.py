@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import BATCH, SEARCH, STEPS, TEST, Pass, Run, Save, Step, make_images, run
+import trainers.recipe
+from tests.tiny import BATCH, HELDOUT, SEARCH, STEPS, TEST, TRAIN, Pass, Run, Save, Step, make_images, run
 
 CASES = {
     "dense": {"method": "dense"},
@@ -119,4 +120,14 @@ def test_choosing_by_training_images_costs_their_passes(runs):
     saved = [i for i, event in enumerate(events) if isinstance(event, Save)]
     choice = [event for event in events[saved[0] :] if isinstance(event, Pass)]
     assert sum(len(p.images) for p in choice if p.kind == "free") == 4 * 2 * BATCH
-    assert sum(len(p.images) for p in choice if p.kind == "evaluation" and not p.is_test) == 4 * 72 + 18
+    assert sum(len(p.images) for p in choice if p.kind == "evaluation" and not p.is_test) == 4 * TRAIN + HELDOUT
+
+
+def test_of_several_ranks_each_estimates_statistics_from_all_images(runs, dense_macs, monkeypatch):
+    monkeypatch.setattr(trainers.recipe, "num_ranks", lambda: 2)  # all else that training runs is shared by the ranks
+    done = run(runs.root, runs.images, "--no-finetune", name="ranks", **CASES["l1"])
+    events = done.record.events
+    statistics = sum(event.live_macs for event in events if isinstance(event, Pass) and event.kind == "free")
+    assert statistics > 0
+    ratio = (spent(events, False) + statistics) / of_dense_training(events, dense_macs)
+    assert done.summary["train_flops_ratio"] == pytest.approx(ratio, rel=1e-12)
