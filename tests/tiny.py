@@ -125,7 +125,11 @@ class Save:
     """A checkpoint file when it was written."""
 
     name: str
-    state: dict[str, Any]
+    content: bytes = field(repr=False)
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        return torch.load(io.BytesIO(self.content), weights_only=True)
 
 
 class Record:
@@ -224,7 +228,7 @@ class Record:
 
         def watched_save(state: Any, file: Any, *args: Any, **kwargs: Any) -> None:
             save(state, file, *args, **kwargs)
-            written[:] = [torch.load(io.BytesIO(file.getvalue()), weights_only=True)]
+            written[:] = [file.getvalue()]
 
         def watched_replace(source: Any, target: Any, *args: Any, **kwargs: Any) -> None:
             replace(source, target, *args, **kwargs)
