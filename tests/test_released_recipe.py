@@ -195,9 +195,8 @@ class Recipe:
     """The released recipe; slow and plain."""
 
     def __init__(self, images: Path) -> None:
-        self.data = build_data(
-            "ImageFolder", str(images), holdout=0, image_size=0, workers=0, bad_images="error", device=torch.device("cpu")
-        )  # fmt: skip
+        settings = {"holdout": 0, "image_size": 0, "workers": 0, "bad_images": "error", "device": torch.device("cpu")}
+        self.data = build_data("ImageFolder", str(images), **settings)
         torch.manual_seed(SEED)
         self.net = TinyResNet(self.data.num_classes)
         for module in self.net.modules():
@@ -279,7 +278,7 @@ class Recipe:
         before = {name: t.clone() for name, t in self.net.state_dict().items()}
         chosen = np.random.default_rng(0).permutation(len(self.data.train))[: BN_BATCHES * BATCH]
         seen: dict[str, list[Tensor]] = {}
-        for number, (images, _) in enumerate(self.data.train.subset(chosen).batches(BATCH)):
+        for images, _ in self.data.train.subset(chosen).batches(BATCH):
             for module in self.net.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.momentum = 1.0  # the statistics of this batch alone
@@ -288,11 +287,11 @@ class Recipe:
             for name, buffer in self.net.named_buffers():
                 if "running" in name:
                     seen.setdefault(name, []).append(buffer.clone())
-        assert number + 1 == BN_BATCHES
         for module in self.net.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.1
         self.net.load_state_dict(before)
+        assert {len(parts) for parts in seen.values()} == {BN_BATCHES}
         return {name: torch.stack(parts).mean(0) for name, parts in seen.items()}
 
     def evaluate(self, mask: Tensor, statistics: dict[str, Tensor], part: BatchedSet) -> tuple[float, float]:
