@@ -207,10 +207,7 @@ def test_a_layer_that_runs_twice_counts_twice():
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(self.conv(self.conv(x)).mean((2, 3)))
 
-    try:
-        network = SparseNetwork(sparsify(Twice(), ["conv"], 0.5), (3, 8, 8))
-    except ValueError:
-        return  # to refuse is as good
+    network = SparseNetwork(sparsify(Twice(), ["conv"], 0.5), (3, 8, 8))
     assert network.dense_macs == 2 * (3 * 3 * 9 * 64) + 30
     assert network.dense_parameters == 3 * 3 * 9 + 30
 

@@ -32,7 +32,7 @@ epochs: 3
 batch_size: 16
 weight_lr: 0.05
 finetune_epochs: 2
-finetune_batch_size: 16
+finetune_batch_size: 12
 num_subnets: 2
 bn_batches: 2
 holdout: 0.2

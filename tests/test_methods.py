@@ -46,7 +46,7 @@ epochs: 2
 batch_size: 16
 weight_lr: 0.05
 finetune_epochs: 1
-finetune_batch_size: 16
+finetune_batch_size: 12
 num_subnets: 2
 bn_batches: 2
 holdout: 0.2

@@ -16,7 +16,7 @@ from tests.test_budget import SMALL, STREAMS, UNITS, graph_of
 from tests.toy import NETWORKS
 from utils import projection
 from utils.budget import ExpectedCost
-from utils.projection import TOLERANCE, project_onto_budget, project_onto_cost
+from utils.projection import project_onto_budget, project_onto_cost
 
 # Some values are common on purpose: ties, the corners of the box, differences of exactly 1 (coinciding breaks).
 VALUES = st.one_of(
@@ -269,7 +269,7 @@ def check_feasible(scores_U: Tensor, cost: ExpectedCost, budget: float) -> tuple
         assert torch.equal(projected, boxed_U)
         assert v == 0
     else:
-        assert abs(cost(projected.numpy()) - budget) <= TOLERANCE * budget
+        assert abs(cost(projected.numpy()) - budget) <= 1e-6 * budget
         assert v >= 0
     return projected, v
 
