@@ -27,7 +27,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), *sorted(PROJECT.glob("results/*.reading.md"))]
 
 COMMENT = re.compile(r"(?P<figure>[+-]?\d+\.\d+)<!-- (?P<rows>\w+(?: by \w+)?: [^>]*?) -->")
-INTERVAL = re.compile(r"([+-]\d+\.\d+) to ([+-]\d+\.\d+)")
+INTERVAL = re.compile(r"([+-]\d+\.\d+)\s+to\s+([+-]\d+\.\d+)")
 SEEDS = re.compile(r"\b(\d+|one|two|three|four|five|six|seven|eight) seeds\b")
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 # Student's t, 95 % inside, by degrees of freedom: any printed table has them
