@@ -24,11 +24,11 @@ from trainers.methods.policy_gradient import drawn_mask, top_scored_mask
 from trainers.recipe import Recipe
 from trainers.session import load_data
 from trainers.state import new_run
+from utils.algorithm.masks import keep_one_unit
 from utils.budget import COUNTS, ExpectedCost, constant_score
 from utils.conv_type import sparsify
 from utils.errors import UserError
 from utils.graph import ChannelGraph
-from utils.masks import keep_one_unit
 from utils.subnet import best_within_cost
 
 UNITS = list(COUNTS)

@@ -27,11 +27,11 @@ from tests.test_main import TINY, tiny_images  # noqa: F401
 from tests.toy import batch, config, one_thread  # noqa: F401
 from trainers.default import StepSettings, project_scores_, weight_step
 from trainers.devices import check_ranks, find_device
+from utils.algorithm.estimator import subbatch_gradient, vrpge_gradient
+from utils.algorithm.estimators import ESTIMATORS
+from utils.algorithm.masks import sample_masks
 from utils.checkpoint import differences, load
 from utils.errors import UserError
-from utils.estimator import subbatch_gradient, vrpge_gradient
-from utils.estimators import ESTIMATORS
-from utils.masks import sample_masks
 from utils.metrics import CostLedger
 from utils.network import SparseNetwork
 from utils.retirement import stays_zero, store_only

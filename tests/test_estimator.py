@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.resnet_cifar import BasicBlock
 from tests.toy import batch, one_thread, randomise, sparse_network  # noqa: F401
-from utils.estimator import vrpge_gradient
+from utils.algorithm.estimator import vrpge_gradient
 
 ALPHAS = (0.5, 0.75)
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from tests.test_estimator import all_masks, probabilities, random_table, true_gradient
 from tests.toy import one_thread  # noqa: F401
-from utils.estimator import disarm_gradient, vrpge_gradient
-from utils.estimators import (
+from utils.algorithm.estimator import disarm_gradient, vrpge_gradient
+from utils.algorithm.estimators import (
     BASELINE_RATE,
     ESTIMATORS,
     GATE_RATE,
@@ -37,7 +37,7 @@ from utils.estimators import (
     update_gates,
     update_linear,
 )
-from utils.masks import sample_antithetic_pair
+from utils.algorithm.masks import sample_antithetic_pair
 
 ALPHAS = (0.5, 0.75)
 UNBIASED = [name for name, estimator in ESTIMATORS.items() if not estimator.biased]

@@ -45,12 +45,12 @@ from trainers.retirement import retire
 from trainers.session import load_data
 from trainers.state import RunState, new_run
 from utils import checkpoint, gauge
+from utils.algorithm.estimator import vrpge_gradient
+from utils.algorithm.estimators import ESTIMATORS, BaselineMemory, Estimator, GateMemory, Gates, LinearMemory
+from utils.algorithm.masks import sample_masks
 from utils.errors import UserError
-from utils.estimator import vrpge_gradient
-from utils.estimators import ESTIMATORS, BaselineMemory, Estimator, GateMemory, Gates, LinearMemory
 from utils.gauge_figures import Measured, jackknife, measure
 from utils.gauge_passes import NetworkBatch, kind_of
-from utils.masks import sample_masks
 
 ALPHA = 0.5
 NUM_PARTS = 2

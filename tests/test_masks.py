@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.masks import keep_one_unit, sample_masks
+from utils.algorithm.masks import keep_one_unit, sample_masks
 
 
 def generator(seed: int = 0) -> torch.Generator:

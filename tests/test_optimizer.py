@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.optimizer import FusedSGD
+from utils.algorithm.optimizer import FusedSGD
 
 SHAPES = ((6, 5, 3, 3), (4, 6, 1, 1), (8, 1, 3, 3), (7, 5), (5,))
 

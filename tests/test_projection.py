@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tests.test_budget import SMALL, STREAMS, UNITS, graph_of
 from tests.toy import NETWORKS
-from utils import projection
+from utils.algorithm import projection
+from utils.algorithm.projection import project_onto_budget, project_onto_cost
 from utils.budget import ExpectedCost
-from utils.projection import project_onto_budget, project_onto_cost
 
 # Some values are common on purpose: ties, the corners of the box, differences of exactly 1 (coinciding breaks).
 VALUES = st.one_of(

@@ -11,7 +11,7 @@ from models import build_model
 from tests.toy import config
 from trainers.default import SearchState, StepSettings, draw_masks, num_masks, train_step
 from trainers.retirement import retire
-from utils.estimator import subbatch_gradient, vrpge_gradient
+from utils.algorithm.estimator import subbatch_gradient, vrpge_gradient
 from utils.network import SparseNetwork
 from utils.retirement import stays_zero, store_only
 

@@ -7,7 +7,7 @@ from math import cos, pi
 
 import pytest
 
-from utils.schedules import kept_fraction, learning_rate_factor
+from utils.algorithm.schedules import kept_fraction, learning_rate_factor
 
 POLICIES = ("cosine_lr", "multistep_lr", "constant_lr")
 

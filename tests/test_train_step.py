@@ -34,8 +34,8 @@ from trainers.default import (
     train_step,
     weight_step,
 )
-from utils.estimator import vrpge_gradient
-from utils.masks import sample_masks
+from utils.algorithm.estimator import vrpge_gradient
+from utils.algorithm.masks import sample_masks
 from utils.network import SparseNetwork
 
 LAYERS = ReleasedNet.LAYERS

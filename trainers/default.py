@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.algorithm.estimators import ESTIMATORS, Estimator, Gates, Memory
+from utils.algorithm.masks import sample_masks
+from utils.algorithm.projection import project_onto_budget, project_onto_cost
 from utils.distributed import (
     average_gradients_,
     averaged,
@@ -26,13 +29,10 @@ from utils.distributed import (
     rank,
     summed,
 )
-from utils.estimators import ESTIMATORS, Estimator, Gates, Memory
-from utils.masks import sample_masks
 from utils.metrics import MetricSums, count_correct
 from utils.network import SparseNetwork
 from utils.norms import GateReader
 from utils.plan import Plan
-from utils.projection import project_onto_budget, project_onto_cost
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 TIGHT = 0.999  # of a budget: as good as spent
@@ -162,7 +162,7 @@ def calculateGrad(
     estimator: Estimator | None = None,
     memory: Memory | None = None,
 ) -> None:
-    """Writes the variance-reduced policy gradient into `scores_U.grad` (see `utils/estimator.py`); no backward.
+    """Writes the variance-reduced policy gradient into `scores_U.grad`; no backward pass.
 
     Args:
         losses: (K,) of the batch under each mask; or (K - 1, 2) of parts of it under the first and one other mask.

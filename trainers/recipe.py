@@ -19,11 +19,11 @@ from trainers.methods import method_of
 from trainers.methods.base import Method, cost_of
 from trainers.report import Reporter
 from trainers.state import Best, RunState
+from utils.algorithm.schedules import kept_fraction, learning_rate_factor
 from utils.distributed import agreed_signal, check_equal, num_ranks, synchronised_batch_norm
 from utils.metrics import Cost, CostLedger, MetricSums
 from utils.plan import Plan
 from utils.retirement import store_only
-from utils.schedules import kept_fraction, learning_rate_factor
 from utils.signals import StopRequest
 from utils.subnet import Subnet, estimate_statistics, installed
 

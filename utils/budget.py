@@ -25,7 +25,7 @@ COUNTS = {"params": ChannelGraph.layer_parameters, "flops": ChannelGraph.layer_m
 class ExpectedCost:
     """The mean cost as a function of the scores: one closed form, laid out once for a network.
 
-    The layer guard (`utils.masks.keep_one_unit`) is no part of it: what it adds to a draw that empties a layer is rare
+    The layer guard (`utils.algorithm.masks.keep_one_unit`) is no part of it: what it adds to a draw that empties a layer is rare
     and small, and has no such form.
 
     Args:

@@ -58,7 +58,7 @@ class VRPGE(SubnetConv):
     """A `SubnetConv` that owns the probabilities by which its channels are kept.
 
     `scores` (C,) in [0, 1]: unit i is kept with probability scores[i]. They are trained by the policy gradient of
-    `utils/estimator.py`, never by backward, and live in one flat vector per network (`SparseNetwork.scores`).
+    `utils/algorithm/estimator.py`, never by backward, and live in one flat vector per network (`SparseNetwork.scores`).
     """
 
     scores: nn.Parameter

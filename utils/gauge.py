@@ -29,11 +29,11 @@ from trainers.methods import method_of
 from trainers.session import load_data
 from trainers.state import load_model_state, make_network
 from utils import checkpoint
+from utils.algorithm.estimators import ESTIMATORS
 from utils.bench import headline
 from utils.command_line import ToolParser, exit_code_of
 from utils.config_parser import Given, Option, convert, nearest
 from utils.errors import UserError
-from utils.estimators import ESTIMATORS
 from utils.gauge_figures import Measured, measure
 from utils.gauge_passes import independent_batches, warm_up_batches
 from utils.gauge_report import aligned, entry_of, table_rows, write_report

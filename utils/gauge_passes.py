@@ -17,8 +17,8 @@ from torch import Tensor
 from args import Config
 from data import DataSplits
 from trainers.default import backward, forward_loss, part_losses
-from utils.estimators import ESTIMATORS, Gates, Memory
-from utils.masks import sample_antithetic_pair
+from utils.algorithm.estimators import ESTIMATORS, Gates, Memory
+from utils.algorithm.masks import sample_antithetic_pair
 from utils.network import SparseNetwork
 from utils.norms import GateReader
 from utils.plan import Plan

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.algorithm.masks import keep_one_unit
 from utils.budget import ExpectedCost
 from utils.compact import CompactForward
 from utils.conv_type import VRPGE, SubnetBatchNorm, SubnetConv, subnet_convs
 from utils.graph import ChannelGraph
-from utils.masks import keep_one_unit
 from utils.plan import Plan, make_plan, preferred_multiple
 
 

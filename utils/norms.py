@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.estimators import Gates, gate_gradients
+from utils.algorithm.estimators import Gates, gate_gradients
 from utils.network import SparseNetwork
 from utils.plan import Plan
 

@@ -17,8 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.estimator import disarm_gradient, reinforce_gradient, subbatch_gradient, variance_power, vrpge_gradient
-from utils.masks import sample_antithetic_pair, sample_masks
+from utils.algorithm.estimator import (
+    disarm_gradient,
+    reinforce_gradient,
+    subbatch_gradient,
+    variance_power,
+    vrpge_gradient,
+)
+from utils.algorithm.masks import sample_antithetic_pair, sample_masks
 
 BASELINE_RATE = 0.02  # 50 steps: short enough to follow the loss down, long enough for two variances
 FIT_RATE = 0.01  # of the scale beta, one number

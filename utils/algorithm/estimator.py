@@ -1,8 +1,8 @@
 """Score gradients without a backward pass: the variance-reduced policy gradient (VR-PGE) and others without memory.
 
 All have the same mean, (s (1 - s))^alpha times the gradient of the expected loss, so one optimizer fits them all. All
-give exactly 0 where a score is exactly 0 or 1. `utils/estimators.py` has those that learn from earlier steps, and all
-of them by name.
+give exactly 0 where a score is exactly 0 or 1. `utils/algorithm/estimators.py` has those that learn from earlier steps,
+and all of them by name.
 
 Legend: U units, K masks drawn in one step, P parts of a batch.
 """

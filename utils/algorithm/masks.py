@@ -33,7 +33,7 @@ def sample_antithetic_pair(scores_U: Tensor, generator: torch.Generator, num_mas
         generator: on the device of the scores; the only source of randomness.
     Returns: (2, U) bool.
     Raises: ValueError unless num_masks is 2.
-    Source: DisARM (see `utils/estimator.py`, `disarm_gradient`).
+    Source: DisARM (see `utils/algorithm/estimator.py`, `disarm_gradient`).
     """
     if num_masks != 2:
         raise ValueError(f"antithetic masks come as a pair: num_masks must be 2, got {num_masks}")
