@@ -13,8 +13,8 @@ from torchvision.models import mobilenet_v2
 from args import Config, SparsityConfig
 from data import build_data
 from trainers.default import SearchState, StepSettings, draw_masks, train_step
+from utils.channels.network import SparseNetwork
 from utils.conv_type import sparsify
-from utils.network import SparseNetwork
 
 KEEP_RATIO, STEPS, BATCH_SIZE = 0.5, 30, 64
 

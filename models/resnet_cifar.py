@@ -1,7 +1,7 @@
 """Residual networks for small images (He et al., 2016, section 4.2), with projection shortcuts.
 
 Without suffix: widths 32-64-128 of the released code, whose module names these are; `_he`: classical 16-32-64.
-Plain modules: which channels are computed is decided outside (`utils/compact.py`).
+Plain modules: which channels are computed is decided outside (`utils/channels/compact.py`).
 """
 
 from __future__ import annotations

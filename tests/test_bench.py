@@ -17,8 +17,8 @@ from tests.toy import one_thread  # noqa: F401  (a fixture)
 from trainers.default import StepSettings, train_step
 from trainers.state import new_run
 from utils import bench, checkpoint
+from utils.channels.network import SparseNetwork
 from utils.conv_type import PlainConv
-from utils.network import SparseNetwork
 from utils.thin import ThinNetwork, add_to_first_channels
 
 PROJECT = Path(__file__).parent.parent

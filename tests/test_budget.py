@@ -25,11 +25,11 @@ from trainers.recipe import Recipe
 from trainers.session import load_data
 from trainers.state import new_run
 from utils.algorithm.masks import keep_one_unit
-from utils.budget import COUNTS, ExpectedCost, constant_score
+from utils.channels.cost import COUNTS, ExpectedCost, constant_score
+from utils.channels.graph import ChannelGraph
+from utils.channels.subnet import best_within_cost
 from utils.conv_type import sparsify
 from utils.errors import UserError
-from utils.graph import ChannelGraph
-from utils.subnet import best_within_cost
 
 UNITS = list(COUNTS)
 STREAMS = ["free", "tied"]

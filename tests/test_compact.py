@@ -27,7 +27,7 @@ from tests.toy import (
     sparse_network,
 )
 from trainers.default import Draw, SearchState, StepSettings, train_step, weight_step
-from utils.network import SparseNetwork
+from utils.channels.network import SparseNetwork
 
 # What is kept where; layers that are not named keep a random choice, never nothing.
 NOTHING: tuple[int, ...] = ()

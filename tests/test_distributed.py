@@ -30,11 +30,11 @@ from trainers.devices import check_ranks, find_device
 from utils.algorithm.estimator import subbatch_gradient, vrpge_gradient
 from utils.algorithm.estimators import ESTIMATORS
 from utils.algorithm.masks import sample_masks
+from utils.channels.network import SparseNetwork
+from utils.channels.shrink import stays_zero, store_only
 from utils.checkpoint import differences, load
 from utils.errors import UserError
 from utils.metrics import CostLedger
-from utils.network import SparseNetwork
-from utils.retirement import stays_zero, store_only
 
 PROJECT = Path(__file__).parent.parent
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}

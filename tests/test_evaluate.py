@@ -31,8 +31,8 @@ from tests.toy import (
 from trainers.default import Draw, SearchState, StepSettings, evaluate, train_step
 from trainers.methods import METHODS
 from trainers.methods.policy_gradient import drawn_mask, top_scored_mask
-from utils.network import SparseNetwork
-from utils.subnet import Subnet, best_within_budget, estimate_statistics, installed
+from utils.channels.network import SparseNetwork
+from utils.channels.subnet import Subnet, best_within_budget, estimate_statistics, installed
 
 LAYERS = ReleasedNet.LAYERS
 CONFIG = config().train

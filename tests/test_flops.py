@@ -18,10 +18,10 @@ from tests.toy import (
     plain_net,
     sparse_network,
 )
+from utils.channels.network import SparseNetwork
+from utils.channels.plan import Plan
 from utils.conv_type import sparsify
 from utils.metrics import CostLedger
-from utils.network import SparseNetwork
-from utils.plan import Plan
 
 
 def counted_macs(network: SparseNetwork, plan: Plan, image_shape: tuple[int, int, int]) -> int:

@@ -22,8 +22,8 @@ from tests.toy import (
     randomise,
     sparse_network,
 )
+from utils.channels.graph import ChannelGraph
 from utils.conv_type import sparsify, subnet_convs
-from utils.graph import ChannelGraph
 
 
 def graph_of(kind: str) -> ChannelGraph:

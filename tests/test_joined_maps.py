@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.toy import NUM_CLASSES, Reference, batch, by_layer, one_thread, randomise, sparse_network  # noqa: F401
-from utils.network import SparseNetwork
+from utils.channels.network import SparseNetwork
 
 PIXELS = 8 * 8
 EXACT = {"rtol": 1e-9, "atol": 1e-11}

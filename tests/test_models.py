@@ -15,10 +15,10 @@ from models import LARGE_IMAGE, MODELS, build_model, maskable_convs
 from tests.toy import config as run_config
 from tests.toy import one_thread  # noqa: F401
 from trainers.default import Draw, SearchState, StepSettings, train_step
+from utils.channels.graph import ChannelGraph
+from utils.channels.network import SparseNetwork
 from utils.conv_type import VRPGE, SubnetBatchNorm, SubnetConv, subnet_convs
 from utils.errors import UserError
-from utils.graph import ChannelGraph
-from utils.network import SparseNetwork
 
 SMALL = ModelConfig(arch="resnet20", width_mult=0.125)
 LARGE_FORMS = ("vgg", "mobilenet", "resnet18", "resnet34", "resnet50", "resnet101")  # how their names start

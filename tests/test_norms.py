@@ -11,9 +11,9 @@ from main import main
 from tests.test_retirement import images_and_labels, network_of
 from tests.toy import NETWORKS, batch, plain_net, sparse_network
 from trainers.default import backward
-from utils.network import SparseNetwork
-from utils.norms import GateReader, norms_behind
-from utils.retirement import store_only
+from utils.channels.network import SparseNetwork
+from utils.channels.norms import GateReader, norms_behind
+from utils.channels.shrink import store_only
 
 STEP = 1e-5
 

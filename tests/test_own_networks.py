@@ -18,8 +18,8 @@ from tests.toy import (
     randomise,
 )
 from trainers.default import Draw, SearchState, StepSettings, train_step
+from utils.channels.network import SparseNetwork
 from utils.conv_type import sparsify, subnet_convs
-from utils.network import SparseNetwork
 
 IMAGE_SHAPE = (3, 32, 32)
 

@@ -16,7 +16,7 @@ from tests.test_budget import SMALL, STREAMS, UNITS, graph_of
 from tests.toy import NETWORKS
 from utils.algorithm import projection
 from utils.algorithm.projection import project_onto_budget, project_onto_cost
-from utils.budget import ExpectedCost
+from utils.channels.cost import ExpectedCost
 
 # Some values are common on purpose: ties, the corners of the box, differences of exactly 1 (coinciding breaks).
 VALUES = st.one_of(

@@ -17,7 +17,7 @@ from data import build_data
 from models import build_model
 from tests.tiny import BATCH, FINETUNE_BATCH, FINETUNE_STEPS, STEPS, Run, Step, make_images, run, scores_of
 from trainers.methods.uniform import layers_by_stream, uniform_mask
-from utils.network import SparseNetwork
+from utils.channels.network import SparseNetwork
 
 SEARCH, FINETUNE = 3, 2  # epochs
 CASES = {  # name -> what differs from the tiny configuration

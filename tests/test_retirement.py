@@ -12,8 +12,8 @@ from tests.toy import config
 from trainers.default import SearchState, StepSettings, draw_masks, num_masks, train_step
 from trainers.retirement import retire
 from utils.algorithm.estimator import subbatch_gradient, vrpge_gradient
-from utils.network import SparseNetwork
-from utils.retirement import stays_zero, store_only
+from utils.channels.network import SparseNetwork
+from utils.channels.shrink import stays_zero, store_only
 
 IMAGE_SHAPE = (3, 32, 32)
 NETWORKS = [("vgg16", 0.0625), ("resnet20_he", 0.25), ("wrn28_10", 0.03)]

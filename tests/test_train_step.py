@@ -36,7 +36,7 @@ from trainers.default import (
 )
 from utils.algorithm.estimator import vrpge_gradient
 from utils.algorithm.masks import sample_masks
-from utils.network import SparseNetwork
+from utils.channels.network import SparseNetwork
 
 LAYERS = ReleasedNet.LAYERS
 EXACT = {"rtol": 1e-12, "atol": 1e-14}

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from args import Config, SparsityConfig, TrainConfig
 from models.resnet_cifar import ResNetCifar
+from utils.channels.network import SparseNetwork
 from utils.conv_type import sparsify
-from utils.network import SparseNetwork
 
 IMAGE_SHAPE = (3, 8, 8)
 NUM_CLASSES = 10

@@ -20,6 +20,9 @@ from torch import Tensor
 from utils.algorithm.estimators import ESTIMATORS, Estimator, Gates, Memory
 from utils.algorithm.masks import sample_masks
 from utils.algorithm.projection import project_onto_budget, project_onto_cost
+from utils.channels.network import SparseNetwork
+from utils.channels.norms import GateReader
+from utils.channels.plan import Plan
 from utils.distributed import (
     average_gradients_,
     averaged,
@@ -30,9 +33,6 @@ from utils.distributed import (
     summed,
 )
 from utils.metrics import MetricSums, count_correct
-from utils.network import SparseNetwork
-from utils.norms import GateReader
-from utils.plan import Plan
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 TIGHT = 0.999  # of a budget: as good as spent

@@ -20,12 +20,12 @@ from trainers.methods.base import Method, cost_of
 from trainers.report import Reporter
 from trainers.state import Best, RunState
 from utils.algorithm.schedules import kept_fraction, learning_rate_factor
+from utils.channels.plan import Plan
+from utils.channels.shrink import store_only
+from utils.channels.subnet import Subnet, estimate_statistics, installed
 from utils.distributed import agreed_signal, check_equal, num_ranks, synchronised_batch_norm
 from utils.metrics import Cost, CostLedger, MetricSums
-from utils.plan import Plan
-from utils.retirement import store_only
 from utils.signals import StopRequest
-from utils.subnet import Subnet, estimate_statistics, installed
 
 CHECK_EVERY = 100  # steps; reads all weights once and makes a GPU wait
 FINETUNING = Method()  # ordinary steps of the chosen subnet, whatever chose it

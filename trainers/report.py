@@ -16,10 +16,10 @@ from trainers.methods.share import share_of_signal
 from trainers.state import RunState
 from utils import checkpoint
 from utils.board import Board
+from utils.channels.subnet import Subnet
 from utils.distributed import num_ranks
 from utils.progress import Progress, announce
 from utils.run_folder import append_row, truncate_rows, write_json
-from utils.subnet import Subnet
 
 TAGS = {  # column of results.csv -> curve in TensorBoard
     "train_loss": "train/loss",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainers.default import SearchState, redraw_plans
-from utils.retirement import stays_zero, store_only
+from utils.channels.shrink import stays_zero, store_only
 
 
 def retire(state: SearchState) -> int:

@@ -19,6 +19,7 @@ from trainers.recipe import Diverged, Recipe, Stopped
 from trainers.report import Reporter, SilentReporter, device_name
 from trainers.state import RunState, load_model_state, new_run
 from utils import checkpoint
+from utils.channels.subnet import Subnet
 from utils.distributed import check_equal, first_on_each_machine, joined, num_ranks, rank, wait_for_all
 from utils.errors import UserError
 from utils.launch import launch
@@ -32,7 +33,6 @@ from utils.run_folder import (
     write_facts,
 )
 from utils.signals import StopRequest
-from utils.subnet import Subnet
 
 DIVERGED = 3  # exit code
 

@@ -16,16 +16,16 @@ from trainers.methods import method_of
 from trainers.methods.base import check_budget
 from trainers.streams import COIN_STREAM, GAUGE_STREAM, MASK_STREAM, stream_seed
 from utils.algorithm.optimizer import FusedSGD
-from utils.budget import constant_score
+from utils.channels.cost import constant_score
+from utils.channels.network import SparseNetwork
+from utils.channels.norms import GateReader
+from utils.channels.plan import Plan
+from utils.channels.shrink import store_only
+from utils.channels.subnet import Subnet
 from utils.checkpoint import generator_states, restore_generators
 from utils.errors import UserError
 from utils.metrics import CostLedger, MetricSums
-from utils.network import SparseNetwork
-from utils.norms import GateReader
-from utils.plan import Plan
 from utils.pretrained import load_pretrained
-from utils.retirement import store_only
-from utils.subnet import Subnet
 
 
 @dataclass

@@ -3,7 +3,7 @@
 Legend: B batch, C channels of one layer, U all units of a network.
 
 These modules are the readable reference (`execution: masked`): they compute every channel and multiply by masks
-that were set from outside. `utils/compact.py` computes the same numbers from the kept channels alone.
+that were set from outside. `utils/channels/compact.py` computes the same numbers from the kept channels alone.
 """
 
 from __future__ import annotations

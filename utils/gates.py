@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from utils.channels.graph import ChannelGraph, Segment
+from utils.channels.network import SparseNetwork
 from utils.conv_type import SubnetBatchNorm, SubnetConv
-from utils.graph import ChannelGraph, Segment
-from utils.network import SparseNetwork
 
 SMALLEST = 1e-6  # a score nearer to 0 or 1 has the gate of this one: its logit would be infinite
 

@@ -19,9 +19,9 @@ from data import DataSplits
 from trainers.default import backward, forward_loss, part_losses
 from utils.algorithm.estimators import ESTIMATORS, Gates, Memory
 from utils.algorithm.masks import sample_antithetic_pair
-from utils.network import SparseNetwork
-from utils.norms import GateReader
-from utils.plan import Plan
+from utils.channels.network import SparseNetwork
+from utils.channels.norms import GateReader
+from utils.channels.plan import Plan
 
 KINDS = ("independent", "antithetic", "parts")
 WARMING_UP, MEASURING = 0, 1  # purposes of random numbers

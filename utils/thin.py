@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.channels.graph import ChannelGraph, Op
 from utils.conv_type import PlainConv
-from utils.graph import ChannelGraph, Op
 
 
 def add_to_first_channels(x: Tensor, y: Tensor, width: int) -> Tensor:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from args import Config, SparsityConfig
 from trainers.default import StepSettings, weight_step
+from utils.channels.network import SparseNetwork
+from utils.channels.plan import Plan
+from utils.channels.subnet import best_within_budget, best_within_cost
 from utils.errors import UserError
 from utils.metrics import Cost
-from utils.network import SparseNetwork
-from utils.plan import Plan
-from utils.subnet import best_within_budget, best_within_cost
 
 if TYPE_CHECKING:
     from trainers.state import RunState
@@ -103,7 +103,7 @@ def check_budget(network: SparseNetwork, config: Config) -> None:
 def best_units(
     network: SparseNetwork, values_U: np.ndarray, scores_U: np.ndarray, sparsity: SparsityConfig, fraction: float
 ) -> np.ndarray:
-    """The units of highest value within a fraction of what `budget` counts: (U,) bool. See `utils/subnet.py`."""
+    """The units of highest value within a fraction of what `budget` counts: (U,) bool."""
     vital = network.graph.vital_groups if network.semantics == "unit" else []
     if sparsity.budget != "channels":
         cost = network.expected_cost(sparsity.budget)

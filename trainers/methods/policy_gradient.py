@@ -14,7 +14,7 @@ from trainers.methods.base import Method, StepCost, best_units, cost_of
 from trainers.methods.share import measure_share, no_share
 from trainers.retirement import retire
 from trainers.streams import CANDIDATE_STREAM, stream_seed
-from utils.network import SparseNetwork
+from utils.channels.network import SparseNetwork
 
 if TYPE_CHECKING:
     from trainers.state import RunState

@@ -14,9 +14,9 @@ from torch import Tensor
 from args import Config
 from trainers.methods.base import Method, best_units, check_budget
 from trainers.methods.uniform import uniform_mask
+from utils.channels.network import SparseNetwork
+from utils.channels.norms import NormBehind, norms_behind
 from utils.errors import UserError
-from utils.network import SparseNetwork
-from utils.norms import NormBehind, norms_behind
 
 if TYPE_CHECKING:
     from trainers.state import RunState

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from args import Config
+from utils.channels.network import SparseNetwork
 from utils.errors import UserError
-from utils.network import SparseNetwork
 
 
 def uniform_mask(network: SparseNetwork, values_U: np.ndarray, config: Config) -> np.ndarray:

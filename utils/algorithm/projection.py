@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from utils.budget import ExpectedCost
+from utils.channels.cost import ExpectedCost
 
 TOLERANCE = 1e-6  # of the budget
 SETTLED = 1e-3  # change of a score in the last round; what is left to go is far less

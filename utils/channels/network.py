@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from utils.algorithm.masks import keep_one_unit
-from utils.budget import ExpectedCost
-from utils.compact import CompactForward
+from utils.channels.compact import CompactForward
+from utils.channels.cost import ExpectedCost
+from utils.channels.graph import ChannelGraph
+from utils.channels.plan import Plan, make_plan, preferred_multiple
 from utils.conv_type import VRPGE, SubnetBatchNorm, SubnetConv, subnet_convs
-from utils.graph import ChannelGraph
-from utils.plan import Plan, make_plan, preferred_multiple
 
 
 class SparseNetwork:

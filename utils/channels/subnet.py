@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.budget import ExpectedCost
-from utils.network import SparseNetwork
+from utils.channels.cost import ExpectedCost
+from utils.channels.network import SparseNetwork
 
 Statistics = dict[str, tuple[Tensor, Tensor]]  # running mean and variance by name of the batch-norm
 

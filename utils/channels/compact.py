@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.channels.graph import ChannelGraph, Op, columns_of
+from utils.channels.plan import Plan
 from utils.conv_type import conv2d
-from utils.graph import ChannelGraph, Op, columns_of
-from utils.plan import Plan
 
 
 class GradientBuffers:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.graph import ChannelGraph
+from utils.channels.graph import ChannelGraph
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def make_plan(
     Args:
         mask_U: (U,) bool, the mask of the pass.
         multiple: what the channel counts of maskable tensors are padded to.
-        stored: per space a (width,) bool array: the channels whose parameters still exist (see `utils/retirement.py`),
-            at least the live ones; None: all.
+        stored: per space a (width,) bool array: the channels whose parameters still exist (see
+            `utils/channels/shrink.py`), at least the live ones; None: all.
     """
     live = graph.live_channels(mask_U)
     counts = [int(channels.sum()) for channels in live]

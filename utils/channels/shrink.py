@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.graph import Op, columns_of
-from utils.network import SparseNetwork
+from utils.channels.graph import Op, columns_of
+from utils.channels.network import SparseNetwork
 
 
 def stays_zero(scores_U: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from utils.graph import ChannelGraph, Segment
+from utils.channels.graph import ChannelGraph, Segment
 
 COUNTS = {"params": ChannelGraph.layer_parameters, "flops": ChannelGraph.layer_macs}
 
@@ -25,8 +25,8 @@ COUNTS = {"params": ChannelGraph.layer_parameters, "flops": ChannelGraph.layer_m
 class ExpectedCost:
     """The mean cost as a function of the scores: one closed form, laid out once for a network.
 
-    The layer guard (`utils.algorithm.masks.keep_one_unit`) is no part of it: what it adds to a draw that empties a layer is rare
-    and small, and has no such form.
+    The layer guard (`keep_one_unit`) is no part of it: what it adds to a draw that empties a layer is rare and small,
+    and has no such form.
 
     Args:
         graph: of a network with maskable layers.

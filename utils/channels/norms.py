@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.algorithm.estimators import Gates, gate_gradients
-from utils.network import SparseNetwork
-from utils.plan import Plan
+from utils.channels.network import SparseNetwork
+from utils.channels.plan import Plan
 
 
 @dataclass(frozen=True)
