@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from args import config_to_yaml, parse_args
 from utils.errors import RankError, UserError
-from utils.launch import first_to_fail, num_started, only_first_rank_speaks
+from utils.ranks.launch import first_to_fail, num_started, only_first_rank_speaks
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -311,7 +311,7 @@ def test_a_rank_that_fails_ends_all_and_says_why_once(folder, tiny_images):  # n
 
 
 def test_a_mistake_of_the_user_stays_one_sentence_and_exit_code_2():
-    launch = "import sys; from utils.launch import launch; sys.exit(launch(2, sys.argv[1:]))"
+    launch = "import sys; from utils.ranks.launch import launch; sys.exit(launch(2, sys.argv[1:]))"
     result = start("-c", launch, "--device", "cpu", "--batch-size", "3")
     assert result.returncode == 2
     assert result.stderr == (

@@ -1,6 +1,6 @@
 """One iteration of VR-PGE, and evaluation of a fixed subnet.
 
-Several ranks (see `utils/distributed.py`) take a part of each batch; here B is what this rank has of it.
+Several ranks (see `utils/ranks/exchange.py`) take a part of each batch; here B is what this rank has of it.
 
 Legend: B batch, U maskable units of the network, K masks drawn in one step.
 """
@@ -23,7 +23,8 @@ from utils.algorithm.projection import project_onto_budget, project_onto_cost
 from utils.channels.network import SparseNetwork
 from utils.channels.norms import GateReader
 from utils.channels.plan import Plan
-from utils.distributed import (
+from utils.metrics import MetricSums, count_correct
+from utils.ranks.exchange import (
     average_gradients_,
     averaged,
     broadcast_scores_,
@@ -32,7 +33,6 @@ from utils.distributed import (
     rank,
     summed,
 )
-from utils.metrics import MetricSums, count_correct
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 TIGHT = 0.999  # of a budget: as good as spent

@@ -7,10 +7,10 @@ from collections.abc import Collection
 import torch
 
 from args import Config
-from utils.distributed import num_ranks
 from utils.errors import UserError
-from utils.launch import local_rank, num_local_ranks, num_started
 from utils.progress import announce
+from utils.ranks.exchange import num_ranks
+from utils.ranks.launch import local_rank, num_local_ranks, num_started
 
 
 def gpus_to_start(config: Config) -> int:

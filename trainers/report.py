@@ -17,8 +17,8 @@ from trainers.state import RunState
 from utils import checkpoint
 from utils.board import Board
 from utils.channels.subnet import Subnet
-from utils.distributed import num_ranks
 from utils.progress import Progress, announce
+from utils.ranks.exchange import num_ranks
 from utils.run_folder import append_row, truncate_rows, write_json
 
 TAGS = {  # column of results.csv -> curve in TensorBoard

@@ -20,10 +20,10 @@ from trainers.report import Reporter, SilentReporter, device_name
 from trainers.state import RunState, load_model_state, new_run
 from utils import checkpoint
 from utils.channels.subnet import Subnet
-from utils.distributed import check_equal, first_on_each_machine, joined, num_ranks, rank, wait_for_all
 from utils.errors import UserError
-from utils.launch import launch
 from utils.progress import announce
+from utils.ranks.exchange import check_equal, first_on_each_machine, joined, num_ranks, rank, wait_for_all
+from utils.ranks.launch import launch
 from utils.run_folder import (
     create_run_folder,
     environment_facts,

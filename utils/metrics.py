@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from utils.distributed import host_sums, summed
+from utils.ranks.exchange import host_sums, summed
 
 Cost = tuple[int, int]  # multiply-adds of one image, without and with padding
 

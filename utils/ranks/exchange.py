@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
 from utils.errors import RankError
-from utils.launch import local_rank, num_started
+from utils.ranks.launch import local_rank, num_started
 
 # A rank that dies is noticed at once. This is for one that hangs, so it must outlast honest work that the others wait
 # for: a download, a checkpoint on a slow disk, the check of a million image files.

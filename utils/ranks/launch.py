@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-PROGRAM = Path(__file__).resolve().parent.parent / "main.py"
+PROGRAM = Path(__file__).resolve().parents[2] / "main.py"
 STORE_SECONDS = 10
 # What torchrun grants ranks after a signal: those in the middle of an evaluation finish it before they save. Its own
 # default is 30 seconds; releases before this variable came keep to that.
