@@ -13,7 +13,7 @@ from torchvision import datasets
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.progress import announce
+from utils.run.progress import announce
 
 IMAGENET_CLASSES = 1000
 

@@ -45,8 +45,8 @@ from trainers.retirement import retire
 from utils.channels.network import SparseNetwork
 from utils.channels.norms import GateReader
 from utils.errors import RankError
-from utils.metrics import CostLedger
 from utils.ranks.exchange import agreed_signal, check_equal, joined, num_ranks, rank
+from utils.run.metrics import CostLedger
 
 RANKS, STEPS, BATCH_SIZE, RETIRE_AFTER = 2, 5, 9, 2
 CPU = torch.device("cpu")

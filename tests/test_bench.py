@@ -16,9 +16,10 @@ from torch import nn
 from tests.toy import one_thread  # noqa: F401  (a fixture)
 from trainers.default import StepSettings, train_step
 from trainers.state import new_run
-from utils import bench, checkpoint
+from utils import bench
 from utils.channels.network import SparseNetwork
 from utils.conv_type import PlainConv
+from utils.run import checkpoint
 from utils.thin import ThinNetwork, add_to_first_channels
 
 PROJECT = Path(__file__).parent.parent

@@ -11,8 +11,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from utils import board
-from utils.board import Board, draw_score_map, labelled_score_map, score_colours
+from utils.run import board
+from utils.run.board import Board, draw_score_map, labelled_score_map, score_colours
 
 
 @pytest.fixture

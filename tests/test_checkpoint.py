@@ -14,8 +14,9 @@ import numpy
 import pytest
 import torch
 
-from utils import checkpoint
-from utils.checkpoint import (
+from utils.errors import UserError
+from utils.run import checkpoint
+from utils.run.checkpoint import (
     CheckpointError,
     differences,
     generator_states,
@@ -23,7 +24,6 @@ from utils.checkpoint import (
     restore_generators,
     save,
 )
-from utils.errors import UserError
 
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 
@@ -74,7 +74,7 @@ def test_a_crash_while_serialising_leaves_the_old_checkpoint(path: Path, monkeyp
 def test_a_process_killed_while_saving_leaves_the_old_checkpoint(path: Path, function: str) -> None:
     script = f"""
         import os, sys, torch
-        from utils.checkpoint import save
+        from utils.run.checkpoint import save
         os.{function} = lambda *arguments: os._exit(9)
         save(sys.argv[1], {{"epoch": 4}})
     """

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import FINETUNE_STEPS, STEPS, Judge, Run, Save, Step, kept_mask, make_images, run, scores_of
-from utils.checkpoint import differences
+from utils.run.checkpoint import differences
 
 OTHERS = 3  # drawn candidates
 SEARCH, FINETUNE = 2, 3  # epochs

@@ -32,9 +32,9 @@ from utils.algorithm.estimators import ESTIMATORS
 from utils.algorithm.masks import sample_masks
 from utils.channels.network import SparseNetwork
 from utils.channels.shrink import stays_zero, store_only
-from utils.checkpoint import differences, load
 from utils.errors import UserError
-from utils.metrics import CostLedger
+from utils.run.checkpoint import differences, load
+from utils.run.metrics import CostLedger
 
 PROJECT = Path(__file__).parent.parent
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}

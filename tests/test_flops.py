@@ -21,7 +21,7 @@ from tests.toy import (
 from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
 from utils.conv_type import sparsify
-from utils.metrics import CostLedger
+from utils.run.metrics import CostLedger
 
 
 def counted_macs(network: SparseNetwork, plan: Plan, image_shape: tuple[int, int, int]) -> int:

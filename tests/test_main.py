@@ -18,7 +18,7 @@ from PIL import Image
 import trainers.recipe
 from args import parse_args
 from main import main
-from utils.checkpoint import differences, load
+from utils.run.checkpoint import differences, load
 
 PROJECT = Path(__file__).parent.parent
 TINY = """

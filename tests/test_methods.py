@@ -30,9 +30,9 @@ from trainers.methods.uniform import layers_by_stream
 from trainers.recipe import Recipe
 from trainers.session import load_data
 from trainers.state import RunState, new_run
-from utils.checkpoint import differences, load
 from utils.errors import UserError
 from utils.gates import concrete_gates, gated, gates_of_spaces, logistic_noise
+from utils.run.checkpoint import differences, load
 
 CPU = torch.device("cpu")
 TINY = """

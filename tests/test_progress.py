@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from utils import progress
-from utils.progress import Progress, announce
-from utils.signals import StopRequest
+from utils.run import progress
+from utils.run.progress import Progress, announce
+from utils.run.signals import StopRequest
 
 DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
@@ -127,7 +127,7 @@ def test_handlers_come_back_after_an_error() -> None:
 def test_a_second_signal_ends_the_process_at_once() -> None:
     script = """
         import os, signal
-        from utils.signals import StopRequest
+        from utils.run.signals import StopRequest
         with StopRequest():
             os.kill(os.getpid(), signal.SIGTERM)
             print("still here", flush=True)

@@ -14,7 +14,7 @@ from tests import ranks
 from tests.test_distributed import torchrun
 from tests.test_main import TINY, tiny_images  # noqa: F401
 from tests.toy import one_thread  # noqa: F401
-from utils.checkpoint import load
+from utils.run.checkpoint import load
 
 EPOCHS, BATCH, FINETUNE_EPOCHS, FINETUNE_BATCH, NUM_SUBNETS, BN_BATCHES = 3, 16, 2, 12, 2, 2
 LENGTHS = f"""

@@ -27,7 +27,7 @@ from data import BatchedSet, build_data
 from main import main
 from tests.test_main import tiny_images  # noqa: F401
 from tests.toy import one_thread  # noqa: F401
-from utils.checkpoint import load
+from utils.run.checkpoint import load
 
 PROJECT = Path(__file__).parent.parent
 EXACT = {"rtol": 1e-8, "atol": 1e-10}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from utils import run_folder
 from utils.errors import UserError
-from utils.run_folder import (
+from utils.run import folder as run_folder
+from utils.run.folder import (
     append_row,
     create_run_folder,
     environment_facts,
@@ -31,7 +31,7 @@ from utils.run_folder import (
 TWIN = """
 import sys, time
 from pathlib import Path
-from utils.run_folder import create_run_folder, lock
+from utils.run.folder import create_run_folder, lock
 root, own, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 folders = []
 for number in range(10):

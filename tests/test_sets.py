@@ -10,8 +10,8 @@ import pytest
 from args import parse_args
 from main import main
 from tests.images import make_photos, write_cifar, write_idx_files
-from utils.checkpoint import differences, load
 from utils.errors import UserError
+from utils.run.checkpoint import differences, load
 
 PROJECT = Path(__file__).parent.parent
 TINY = [

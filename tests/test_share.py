@@ -17,8 +17,8 @@ from tests.toy import NETWORKS, batch, config, one_thread, plain_net, sparse_net
 from trainers.default import SearchState, StepSettings
 from trainers.methods import method_of
 from trainers.methods.share import NAMES, measure_share, no_share, share_of_signal
-from utils.checkpoint import differences, load, save
-from utils.metrics import MetricSums
+from utils.run.checkpoint import differences, load, save
+from utils.run.metrics import MetricSums
 
 
 def test_with_one_undecided_unit_the_products_are_known(one_thread):  # noqa: F811

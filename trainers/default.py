@@ -23,7 +23,6 @@ from utils.algorithm.projection import project_onto_budget, project_onto_cost
 from utils.channels.network import SparseNetwork
 from utils.channels.norms import GateReader
 from utils.channels.plan import Plan
-from utils.metrics import MetricSums, count_correct
 from utils.ranks.exchange import (
     average_gradients_,
     averaged,
@@ -33,6 +32,7 @@ from utils.ranks.exchange import (
     rank,
     summed,
 )
+from utils.run.metrics import MetricSums, count_correct
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 TIGHT = 0.999  # of a budget: as good as spent

@@ -8,9 +8,9 @@ import torch
 
 from args import Config
 from utils.errors import UserError
-from utils.progress import announce
 from utils.ranks.exchange import num_ranks
 from utils.ranks.launch import local_rank, num_local_ranks, num_started
+from utils.run.progress import announce
 
 
 def gpus_to_start(config: Config) -> int:

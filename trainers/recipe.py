@@ -23,9 +23,9 @@ from utils.algorithm.schedules import kept_fraction, learning_rate_factor
 from utils.channels.plan import Plan
 from utils.channels.shrink import store_only
 from utils.channels.subnet import Subnet, estimate_statistics, installed
-from utils.metrics import Cost, CostLedger, MetricSums
 from utils.ranks.exchange import agreed_signal, check_equal, num_ranks, synchronised_batch_norm
-from utils.signals import StopRequest
+from utils.run.metrics import Cost, CostLedger, MetricSums
+from utils.run.signals import StopRequest
 
 CHECK_EVERY = 100  # steps; reads all weights once and makes a GPU wait
 FINETUNING = Method()  # ordinary steps of the chosen subnet, whatever chose it

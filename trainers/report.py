@@ -14,12 +14,12 @@ from data import DataSplits
 from trainers.default import StepSettings
 from trainers.methods.share import share_of_signal
 from trainers.state import RunState
-from utils import checkpoint
-from utils.board import Board
 from utils.channels.subnet import Subnet
-from utils.progress import Progress, announce
 from utils.ranks.exchange import num_ranks
-from utils.run_folder import append_row, truncate_rows, write_json
+from utils.run import checkpoint
+from utils.run.board import Board
+from utils.run.folder import append_row, truncate_rows, write_json
+from utils.run.progress import Progress, announce
 
 TAGS = {  # column of results.csv -> curve in TensorBoard
     "train_loss": "train/loss",

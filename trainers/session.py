@@ -18,13 +18,12 @@ from trainers.devices import check_ranks, find_device, finetune_batch, gpus_to_s
 from trainers.recipe import Diverged, Recipe, Stopped
 from trainers.report import Reporter, SilentReporter, device_name
 from trainers.state import RunState, load_model_state, new_run
-from utils import checkpoint
 from utils.channels.subnet import Subnet
 from utils.errors import UserError
-from utils.progress import announce
 from utils.ranks.exchange import check_equal, first_on_each_machine, joined, num_ranks, rank, wait_for_all
 from utils.ranks.launch import launch
-from utils.run_folder import (
+from utils.run import checkpoint
+from utils.run.folder import (
     create_run_folder,
     environment_facts,
     latest_run_folder,
@@ -32,7 +31,8 @@ from utils.run_folder import (
     resolve_run,
     write_facts,
 )
-from utils.signals import StopRequest
+from utils.run.progress import announce
+from utils.run.signals import StopRequest
 
 DIVERGED = 3  # exit code
 

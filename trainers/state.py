@@ -22,10 +22,10 @@ from utils.channels.norms import GateReader
 from utils.channels.plan import Plan
 from utils.channels.shrink import store_only
 from utils.channels.subnet import Subnet
-from utils.checkpoint import generator_states, restore_generators
 from utils.errors import UserError
-from utils.metrics import CostLedger, MetricSums
 from utils.pretrained import load_pretrained
+from utils.run.checkpoint import generator_states, restore_generators
+from utils.run.metrics import CostLedger, MetricSums
 
 
 @dataclass

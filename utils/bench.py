@@ -44,13 +44,13 @@ from trainers.default import (
 from trainers.retirement import retire
 from trainers.session import find_device
 from trainers.state import make_weight_optimizer, new_run
-from utils import checkpoint
 from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
 from utils.command_line import ToolParser, exit_code_of
 from utils.config_parser import METAVARS, Given, Option, convert
 from utils.errors import UserError
-from utils.run_folder import PROJECT_FOLDER, environment_facts, resolve_run
+from utils.run import checkpoint
+from utils.run.folder import PROJECT_FOLDER, environment_facts, resolve_run
 from utils.thin import ThinNetwork
 
 NETWORKS = ("dense", "thin", "compact")

@@ -28,7 +28,6 @@ from trainers.devices import find_device
 from trainers.methods import method_of
 from trainers.session import load_data
 from trainers.state import load_model_state, make_network
-from utils import checkpoint
 from utils.algorithm.estimators import ESTIMATORS
 from utils.bench import headline
 from utils.command_line import ToolParser, exit_code_of
@@ -37,8 +36,9 @@ from utils.errors import UserError
 from utils.gauge_figures import Measured, measure
 from utils.gauge_passes import independent_batches, warm_up_batches
 from utils.gauge_report import aligned, entry_of, table_rows, write_report
-from utils.progress import announce
-from utils.run_folder import environment_facts
+from utils.run import checkpoint
+from utils.run.folder import environment_facts
+from utils.run.progress import announce
 
 NUM_PARTS = 4  # of a batch for `subbatch`, if the run does not say
 

@@ -9,7 +9,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from utils.gauge_figures import REFERENCE, Figure, Measured
-from utils.run_folder import write_json
+from utils.run.folder import write_json
 
 VISIBLE = 3.0  # standard errors from which on a bias is told; with so many estimators two would cry wolf now and then
 MISSING = "-"

@@ -15,8 +15,8 @@ from pathlib import Path
 from utils.command_line import ToolParser, exit_code_of
 from utils.config_parser import nearest
 from utils.errors import UserError
-from utils.progress import announce
-from utils.signals import StopRequest
+from utils.run.progress import announce
+from utils.run.signals import StopRequest
 from utils.table_file import Table, read_table
 from utils.table_record import read_record
 from utils.table_report import collect, record_path, write_report
@@ -117,7 +117,7 @@ def look(table: Table, root: Path, recorded: Sequence[Run]) -> tuple[TableRuns, 
 
 def _make(scheduler: Scheduler, cells: Sequence[Cell], root: Path) -> int:
     """Makes what is missing; returns the exit code of a signal, 0 if none came."""
-    from utils.run_folder import lock  # torch takes seconds to import: not for a list or a mistake
+    from utils.run.folder import lock  # torch takes seconds to import: not for a list or a mistake
 
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from utils.progress import announce
-from utils.signals import StopRequest
+from utils.run.progress import announce
+from utils.run.signals import StopRequest
 from utils.table_runs import Cell, Key, TableRuns
 
 POLL_SECONDS = 0.05

@@ -15,7 +15,7 @@ from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
 from utils.channels.subnet import best_within_budget, best_within_cost
 from utils.errors import UserError
-from utils.metrics import Cost
+from utils.run.metrics import Cost
 
 if TYPE_CHECKING:
     from trainers.state import RunState

@@ -22,7 +22,7 @@ from trainers.default import (
     score_gradient_,
 )
 from trainers.methods.base import cost_of
-from utils.metrics import Cost
+from utils.run.metrics import Cost
 
 NAMES = ("gauge_count", "gauge_product", "gauge_product_squared", "gauge_square")
 

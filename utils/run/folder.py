@@ -25,7 +25,7 @@ import torch
 
 from utils.errors import UserError
 
-PROJECT_FOLDER = Path(__file__).resolve().parent.parent
+PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 CPU_INFO = Path("/proc/cpuinfo")
 
 # What decides the speed and the rounding of a matrix product; /proc/cpuinfo lists some hundred more.
