@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.toy import one_thread  # noqa: F401  (a fixture)
+from tools import bench
+from tools.thin import ThinNetwork, add_to_first_channels
 from trainers.default import StepSettings, train_step
 from trainers.state import new_run
-from utils import bench
 from utils.channels.network import SparseNetwork
 from utils.conv_type import PlainConv
 from utils.run import checkpoint
-from utils.thin import ThinNetwork, add_to_first_channels
 
 PROJECT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -244,7 +244,7 @@ def test_every_combination_is_a_case_and_comes_back_from_its_own_command_line():
 
 
 def run_bench(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "utils.bench", *words]
+    command = [sys.executable, "-m", "tools.bench", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)
 

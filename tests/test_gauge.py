@@ -39,18 +39,18 @@ from tests.test_estimators import (
     vector,
 )
 from tests.toy import PlainNet, batch, config, one_thread, plain_net, sparse_network  # noqa: F401
+from tools import gauge
+from tools.gauge_figures import Measured, jackknife, measure
+from tools.gauge_passes import NetworkBatch, kind_of
 from trainers.default import StepSettings, draw_masks, how_to_draw, train_step
 from trainers.methods import method_of
 from trainers.retirement import retire
 from trainers.session import load_data
 from trainers.state import RunState, new_run
-from utils import gauge
 from utils.algorithm.estimator import vrpge_gradient
 from utils.algorithm.estimators import ESTIMATORS, BaselineMemory, Estimator, GateMemory, Gates, LinearMemory
 from utils.algorithm.masks import sample_masks
 from utils.errors import UserError
-from utils.gauge_figures import Measured, jackknife, measure
-from utils.gauge_passes import NetworkBatch, kind_of
 from utils.run import checkpoint
 
 ALPHA = 0.5

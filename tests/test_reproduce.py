@@ -12,9 +12,9 @@ import yaml
 
 from args import parse_args
 from tests.test_main import tiny_images  # noqa: F401  (a fixture)
-from utils import reproduce
-from utils.table_file import config_hash, read_table
-from utils.table_report import interval, t_quantile
+from tools import reproduce
+from tools.table_file import config_hash, read_table
+from tools.table_report import interval, t_quantile
 
 PROJECT = Path(__file__).parent.parent
 
@@ -545,7 +545,7 @@ def test_the_report_tells_means_differences_and_where_they_come_from(make):
     assert text.startswith("# A table\n\nThree rows.\n\n| row | test top-1 % | sd |")
     hash = half["config_hash"]
     assert f"| half | 86.00 | 1.41 | -4.50 | 25.0 % | 50.0 % | 50.0 % | not run yet | 0 1 | {hash} |" in text
-    for fact in ("Abacus (AVX2), 2 threads", "torch 2.14.1", "commit 0123456789ab", "utils.reproduce table.yaml`"):
+    for fact in ("Abacus (AVX2), 2 threads", "torch 2.14.1", "commit 0123456789ab", "tools.reproduce table.yaml`"):
         assert fact in text
     # 85 - 82.5 and 87 - (82.5 + 10/1024 + 2): 2.5 and 2.490, with one degree of freedom
     sentence = (

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from args import config_from_dict, parse_args
-from utils import reproduce
-from utils.table_file import hashed_options, read_table
+from tools import reproduce
+from tools.table_file import hashed_options, read_table
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECORDS = sorted((PROJECT / "results").glob("*.runs.json"))

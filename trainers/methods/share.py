@@ -1,7 +1,7 @@
 """How much of an estimated score gradient is signal, watched while training (`--gauge-every`).
 
 Two estimates that share neither images nor masks have a product whose mean is |E g|^2, and each has a mean square
-E |g|^2; the share of signal is their ratio. `python -m utils.gauge` measures it more closely, at one checkpoint.
+E |g|^2; the share of signal is their ratio. `python -m tools.gauge` measures it more closely, at one checkpoint.
 """
 
 from __future__ import annotations

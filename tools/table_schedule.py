@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
+from tools.table_runs import Cell, Key, TableRuns
 from utils.run.progress import announce
 from utils.run.signals import StopRequest
-from utils.table_runs import Cell, Key, TableRuns
 
 POLL_SECONDS = 0.05
 

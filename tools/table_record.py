@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from args import Config, config_from_dict
+from tools.table_file import config_hash, hashed_options
+from tools.table_runs import HARDWARE, Key, Run, machine_of, read_json
 from utils.errors import UserError
-from utils.table_file import config_hash, hashed_options
-from utils.table_runs import HARDWARE, Key, Run, machine_of, read_json
 
-ABOUT = "Runs of a table, one on each line; written by utils.reproduce, not by hand."
+ABOUT = "Runs of a table, one on each line; written by tools.reproduce, not by hand."
 # What the report tells of a run's env.json, and which images it saw.
 FACTS = (*HARDWARE, "torch", "git_commit", "git_dirty", "data_fingerprint")
 

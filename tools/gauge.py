@@ -1,10 +1,10 @@
-"""How noisy each estimator is on the checkpoints of a run: `python -m utils.gauge RUN`.
+"""How noisy each estimator is on the checkpoints of a run: `python -m tools.gauge RUN`.
 
 At a checkpoint weights and scores stand still. On some training batches, drawn anew with the augmentation of training,
 the losses of many masks are measured as a training step would: batch-norm by the batch, running statistics untouched,
 but in full float32 whatever the run's precision, and on the whole batch in one process. From these losses come the
 gradient of the expected loss, and for every estimator at the price of two forward passes its variance, bias, and how
-far it points the right way (`utils/gauge_figures.py`). Nothing of the run is changed; the report goes into its folder.
+far it points the right way (`tools/gauge_figures.py`). Nothing of the run is changed; the report goes into its folder.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from tqdm import tqdm
 from args import OPTIONS as TRAINING_OPTIONS
 from args import Config, config_from_dict
 from data import DataSplits
+from tools.bench import headline
+from tools.command_line import ToolParser, exit_code_of
+from tools.gauge_figures import Measured, measure
+from tools.gauge_passes import independent_batches, warm_up_batches
+from tools.gauge_report import aligned, entry_of, table_rows, write_report
 from trainers.devices import find_device
 from trainers.methods import method_of
 from trainers.session import load_data
 from trainers.state import load_model_state, make_network
 from utils.algorithm.estimators import ESTIMATORS
-from utils.bench import headline
-from utils.command_line import ToolParser, exit_code_of
 from utils.config_parser import Given, Option, convert, nearest
 from utils.errors import UserError
-from utils.gauge_figures import Measured, measure
-from utils.gauge_passes import independent_batches, warm_up_batches
-from utils.gauge_report import aligned, entry_of, table_rows, write_report
 from utils.run import checkpoint
 from utils.run.folder import environment_facts
 from utils.run.progress import announce
@@ -61,7 +61,7 @@ def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises: UserError for every mistake.
     """
     parser = ToolParser(
-        "utils.gauge",
+        "tools.gauge",
         "Measures the noise of every estimator on checkpoints of a search (see --save-every of main.py).",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")

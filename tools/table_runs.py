@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from args import Config, config_from_dict, parse_args
+from tools.table_file import Table, config_hash, hashed_options
 from utils.errors import UserError
-from utils.table_file import Table, config_hash, hashed_options
 
 HASH = re.compile(r"[0-9a-f]{12}")
 HARDWARE = ("cpu", "cpu_capability", "gpu", "num_threads")  # of env.json: what decides how long a run takes

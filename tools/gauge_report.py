@@ -1,4 +1,4 @@
-"""What `utils/gauge.py` writes: gauge.json with all figures, gauge.md with tables, gauge.svg with the variances."""
+"""What `tools/gauge.py` writes: gauge.json with all figures, gauge.md with tables, gauge.svg with the variances."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from utils.gauge_figures import REFERENCE, Figure, Measured
+from tools.gauge_figures import REFERENCE, Figure, Measured
 from utils.run.folder import write_json
 
 VISIBLE = 3.0  # standard errors from which on a bias is told; with so many estimators two would cry wolf now and then

@@ -1,4 +1,4 @@
-"""Time and memory of a training step: `python -m utils.bench --help`.
+"""Time and memory of a training step: `python -m tools.bench --help`.
 
 Three networks run the same batch in one process, one step each in turn, so that a change in the machine meets all:
 
@@ -31,6 +31,8 @@ from torch import Tensor
 
 from args import OPTIONS as TRAINING_OPTIONS
 from args import Config, ModelConfig, RunConfig, SparsityConfig, TrainConfig, config_from_dict
+from tools.command_line import ToolParser, exit_code_of
+from tools.thin import ThinNetwork
 from trainers.default import (
     SearchState,
     StepSettings,
@@ -46,12 +48,10 @@ from trainers.session import find_device
 from trainers.state import make_weight_optimizer, new_run
 from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
-from utils.command_line import ToolParser, exit_code_of
 from utils.config_parser import METAVARS, Given, Option, convert
 from utils.errors import UserError
 from utils.run import checkpoint
 from utils.run.folder import PROJECT_FOLDER, environment_facts, resolve_run
-from utils.thin import ThinNetwork
 
 NETWORKS = ("dense", "thin", "compact")
 ROUNDINGS = (1, 8, 16, 32)  # of thin's channel counts; 1: as drawn
@@ -114,7 +114,7 @@ def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises: UserError for every mistake.
     """
     parser = ToolParser(
-        "utils.bench",
+        "tools.bench",
         "Times a training step: dense, thin and compact. Options with dots take several values; "
         "every combination is timed.",
     )
@@ -471,7 +471,7 @@ def measure_peaks(case: Case, thin_rounding: int) -> dict[str, float | None]:
     """
     row: dict[str, float | None] = {}
     for name, variant in (("dense", "dense"), ("thin", f"thin{thin_rounding}"), ("compact", "compact")):
-        command = [sys.executable, "-m", "utils.bench", *as_arguments(case), "--peak", variant]
+        command = [sys.executable, "-m", "tools.bench", *as_arguments(case), "--peak", variant]
         result = subprocess.run(command, cwd=PROJECT_FOLDER, capture_output=True, text=True)
         if result.returncode:
             reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]

@@ -1,8 +1,8 @@
-"""Makes the runs of a table of results and writes the table: `python -m utils.reproduce configs/tables/NAME.yaml`.
+"""Makes the runs of a table of results and writes the table: `python -m tools.reproduce configs/tables/NAME.yaml`.
 
 Runs that are done are not made again, so the same command goes on where it was stopped, and after a change of the table
-makes what is new. `utils/table_file.py` describes the file, `utils/table_runs.py` the runs, `utils/table_schedule.py`
-how they are made, `utils/table_report.py` and `utils/table_record.py` what is written.
+makes what is new. `tools/table_file.py` describes the file, `tools/table_runs.py` the runs, `tools/table_schedule.py`
+how they are made, `tools/table_report.py` and `tools/table_record.py` what is written.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.command_line import ToolParser, exit_code_of
+from tools.command_line import ToolParser, exit_code_of
+from tools.table_file import Table, read_table
+from tools.table_record import read_record
+from tools.table_report import collect, record_path, write_report
+from tools.table_runs import Cell, Run, TableRuns
+from tools.table_schedule import Scheduler
 from utils.config_parser import nearest
 from utils.errors import UserError
 from utils.run.progress import announce
 from utils.run.signals import StopRequest
-from utils.table_file import Table, read_table
-from utils.table_record import read_record
-from utils.table_report import collect, record_path, write_report
-from utils.table_runs import Cell, Run, TableRuns
-from utils.table_schedule import Scheduler
 
 PROGRAM = (sys.executable, str(Path(__file__).resolve().parent.parent / "main.py"))
 LIMITS = ("jobs", "rows", "seeds", "again", "recorded")  # options that say which runs are made, and how
@@ -34,7 +34,7 @@ def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises: UserError for every mistake.
     """
     parser = ToolParser(
-        "utils.reproduce",
+        "tools.reproduce",
         "Makes the missing runs of a table and writes results/NAME.md, NAME.csv and NAME.runs.json, a record of the "
         "runs. A run that is missing here is told from the record.",
     )

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from utils.table_file import Row, Table
-from utils.table_record import write_record
-from utils.table_runs import Cell, Run, TableRuns, machine_of
+from tools.table_file import Row, Table
+from tools.table_record import write_record
+from tools.table_runs import Cell, Run, TableRuns, machine_of
 
 MISSING = "not run yet"
 IMAGES = {"test": "test", "heldout": "held-out"}  # what a table calls its judge
@@ -227,7 +227,7 @@ def _shown(value: str | float | None, form: str) -> str:
 def _facts(results: Results) -> list[str]:
     """Where, when and with what the runs were made; a run's own environment says it."""
     runs = [run for by_seed in results.runs.values() for run in by_seed.values()]
-    command = f"python -m utils.reproduce {_without_machine(results.table.path)}"
+    command = f"python -m tools.reproduce {_without_machine(results.table.path)}"
     lines = [f"- command: `{command}`; the seconds: `{command} --time`"]
     if runs:
         lines += [
