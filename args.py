@@ -1,6 +1,6 @@
 """Every option of the program: frozen dataclasses, one per owner; defaults < YAML file < command line.
 
-The YAML file and the command line are flat: one key per option, whatever its group. `utils/config_parser.py`
+The YAML file and the command line are flat: one key per option, whatever its group. `utils/options.py`
 reads text; this file declares the options and says which values do not go together.
 """
 
@@ -9,7 +9,8 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from utils.config_parser import (
+from utils.errors import UserError
+from utils.options import (
     CommandLine,
     Setting,
     assemble,
@@ -21,7 +22,6 @@ from utils.config_parser import (
     resolve,
     to_yaml,
 )
-from utils.errors import UserError
 
 SETS = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "FashionMNIST-mini", "ImageFolder", "ImageNet")
 ARCHS = (

@@ -24,6 +24,7 @@ from tests import test_main
 from tests.toy import NETWORKS, batch, config, one_thread, plain_net, sparse_network  # noqa: F401
 from trainers.default import SearchState, StepSettings, calculateGrad, score_gradient_
 from trainers.methods import METHODS, method_of
+from trainers.methods.gates import concrete_gates, gated, gates_of_spaces, logistic_noise
 from trainers.methods.gumbel import Gumbel, temperature
 from trainers.methods.pruning import batch_norm_scales, judging_norms
 from trainers.methods.uniform import layers_by_stream
@@ -31,7 +32,6 @@ from trainers.recipe import Recipe
 from trainers.session import load_data
 from trainers.state import RunState, new_run
 from utils.errors import UserError
-from utils.gates import concrete_gates, gated, gates_of_spaces, logistic_noise
 from utils.run.checkpoint import differences, load
 
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ from torchvision import models as torchvision_models
 
 from args import ModelConfig
 from models import build_model
+from models.pretrained import load_pretrained, torchvision_weights
 from tests.toy import one_thread  # noqa: F401
 from utils.conv_type import subnet_convs
 from utils.errors import UserError
-from utils.pretrained import load_pretrained, torchvision_weights
 
 NAME = "ResNet18_Weights.IMAGENET1K_V1"
 

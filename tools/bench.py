@@ -48,8 +48,8 @@ from trainers.session import find_device
 from trainers.state import make_weight_optimizer, new_run
 from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
-from utils.config_parser import METAVARS, Given, Option, convert
 from utils.errors import UserError
+from utils.options import METAVARS, Given, Option, convert
 from utils.run import checkpoint
 from utils.run.folder import PROJECT_FOLDER, environment_facts, resolve_run
 

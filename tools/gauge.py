@@ -34,8 +34,8 @@ from trainers.methods import method_of
 from trainers.session import load_data
 from trainers.state import load_model_state, make_network
 from utils.algorithm.estimators import ESTIMATORS
-from utils.config_parser import Given, Option, convert, nearest
 from utils.errors import UserError
+from utils.options import Given, Option, convert, nearest
 from utils.run import checkpoint
 from utils.run.folder import environment_facts
 from utils.run.progress import announce

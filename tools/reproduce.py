@@ -18,8 +18,8 @@ from tools.table_record import read_record
 from tools.table_report import collect, record_path, write_report
 from tools.table_runs import Cell, Run, TableRuns
 from tools.table_schedule import Scheduler
-from utils.config_parser import nearest
 from utils.errors import UserError
+from utils.options import nearest
 from utils.run.progress import announce
 from utils.run.signals import StopRequest
 

@@ -29,8 +29,8 @@ from typing import Any
 import yaml
 
 from args import OPTIONS, Config, config_from_dict, config_to_dict
-from utils.config_parser import NULL_SCALARS, Given, convert, nearest, resolve
 from utils.errors import UserError
+from utils.options import NULL_SCALARS, Given, convert, nearest, resolve
 
 KEYS = ("title", "note", "base", "seeds", "dense", "rows", "compare", "judge")
 NEEDED = ("title", "seeds", "dense", "rows")

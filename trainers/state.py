@@ -11,10 +11,10 @@ from torch import Tensor
 from args import Config, config_to_dict
 from data import DataSplits
 from models import build_model
+from models.pretrained import load_pretrained
 from trainers.default import SearchState, draw_masks, estimator_of, first_memory, how_to_draw, stored_draw
 from trainers.methods import method_of
 from trainers.methods.base import check_budget
-from trainers.streams import COIN_STREAM, GAUGE_STREAM, MASK_STREAM, stream_seed
 from utils.algorithm.optimizer import FusedSGD
 from utils.channels.cost import constant_score
 from utils.channels.network import SparseNetwork
@@ -23,9 +23,9 @@ from utils.channels.plan import Plan
 from utils.channels.shrink import store_only
 from utils.channels.subnet import Subnet
 from utils.errors import UserError
-from utils.pretrained import load_pretrained
 from utils.run.checkpoint import generator_states, restore_generators
 from utils.run.metrics import CostLedger, MetricSums
+from utils.seeds import COIN_STREAM, GAUGE_STREAM, MASK_STREAM, stream_seed
 
 
 @dataclass

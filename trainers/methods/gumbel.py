@@ -12,8 +12,8 @@ from torch import Tensor
 from args import Config
 from trainers.default import StepSettings, backward, batch_sums, project_scores_, set_learning_rate
 from trainers.methods.base import StepCost
+from trainers.methods.gates import concrete_gates, gated, logistic_noise
 from trainers.methods.policy_gradient import ScoreMethod
-from utils.gates import concrete_gates, gated, logistic_noise
 from utils.ranks.exchange import averaged, broadcast_scores_, summed
 
 if TYPE_CHECKING:

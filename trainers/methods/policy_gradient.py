@@ -13,8 +13,8 @@ from trainers.default import StepSettings, num_full_passes, train_step, twin_of
 from trainers.methods.base import Method, StepCost, best_units, cost_of
 from trainers.methods.share import measure_share, no_share
 from trainers.retirement import retire
-from trainers.streams import CANDIDATE_STREAM, stream_seed
 from utils.channels.network import SparseNetwork
+from utils.seeds import CANDIDATE_STREAM, stream_seed
 
 if TYPE_CHECKING:
     from trainers.state import RunState

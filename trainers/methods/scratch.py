@@ -10,9 +10,9 @@ from args import Config
 from models import initialise
 from trainers.methods.base import Method, best_units, check_budget
 from trainers.methods.uniform import uniform_mask
-from trainers.streams import RANDOM_MASK_STREAM, stream_seed
 from utils.channels.network import SparseNetwork
 from utils.channels.shrink import store_only
+from utils.seeds import RANDOM_MASK_STREAM, stream_seed
 
 
 class Dense(Method):
