@@ -135,7 +135,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
             print("too late", flush=True)
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    project = Path(__file__).resolve().parent.parent
+    project = Path(__file__).resolve().parents[2]
     result = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
     assert result.stdout == "still here\n"
     assert result.stderr == ""

@@ -22,9 +22,9 @@ import trainers.devices
 import trainers.session
 from args import Config, config_from_dict
 from main import main
-from tests import ranks
-from tests.test_main import TINY, tiny_images  # noqa: F401
+from tests.ranks import program as ranks
 from tests.toy import batch, config, one_thread  # noqa: F401
+from tests.trainers.test_main import TINY, tiny_images  # noqa: F401
 from trainers.default import StepSettings, project_scores_, weight_step
 from trainers.devices import check_ranks, find_device
 from utils.algorithm.estimator import subbatch_gradient, vrpge_gradient
@@ -36,7 +36,7 @@ from utils.errors import UserError
 from utils.run.checkpoint import differences, load
 from utils.run.metrics import CostLedger
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
 
@@ -58,7 +58,7 @@ def torchrun(*command: str) -> subprocess.CompletedProcess:
 def results(tmp_path_factory) -> list[dict[str, Any]]:
     """What each rank came to in `ranks.steps`."""
     folder = tmp_path_factory.mktemp("steps")
-    result = torchrun("-m", "tests.ranks", "steps", str(folder))
+    result = torchrun("-m", "tests.ranks.program", "steps", str(folder))
     assert result.returncode == 0, result.stderr
     return [torch.load(folder / f"rank{number}.pt", weights_only=True) for number in range(ranks.RANKS)]
 
@@ -259,7 +259,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def codes(folder, tiny_images) -> list[dict[str, list[int]]]:  # noqa: F811
     """Exit codes of each rank in `ranks.programs`."""
-    result = torchrun("-m", "tests.ranks", "programs", str(folder), str(tiny_images))
+    result = torchrun("-m", "tests.ranks.program", "programs", str(folder), str(tiny_images))
     assert result.returncode == 0, result.stderr
     assert "batch size 16: 2 ranks x 8, each with masks of its own" in result.stdout
     assert result.stdout.count("trained resnet20_he on ImageFolder: 5 epochs") == 3  # only rank 0 speaks
@@ -303,7 +303,7 @@ def test_every_method_keeps_the_ranks_alike(codes):
 
 def test_a_rank_that_fails_ends_all_and_says_why_once(folder, tiny_images):  # noqa: F811
     begin = time.monotonic()
-    result = torchrun("-m", "tests.ranks", "fail", str(folder), str(tiny_images))
+    result = torchrun("-m", "tests.ranks.program", "fail", str(folder), str(tiny_images))
     assert result.returncode == 1
     assert time.monotonic() - begin < 60
     assert result.stderr.count("ValueError: a mistake of rank 1 alone") == 1

@@ -13,7 +13,7 @@ from tests.images import make_photos, write_cifar, write_idx_files
 from utils.errors import UserError
 from utils.run.checkpoint import differences, load
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 TINY = [
     *("--arch", "resnet20_he", "--width-mult", "0.1", "--epochs", "1", "--batch-size", "4", "--no-finetune"),
     *("--num-subnets", "0", "--bn-batches", "1", "--holdout", "0", "--sample-from-training-set"),

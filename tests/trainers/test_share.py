@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from main import main
-from tests.test_gauge import tiny_data, training_run
-from tests.test_methods import program, tiny_images  # noqa: F401  (fixtures)
+from tests.tools.test_gauge import tiny_data, training_run
 from tests.toy import NETWORKS, batch, config, one_thread, plain_net, sparse_network  # noqa: F401
+from tests.trainers.test_methods import program, tiny_images  # noqa: F401  (fixtures)
 from trainers.default import SearchState, StepSettings
 from trainers.methods import method_of
 from trainers.methods.share import NAMES, measure_share, no_share, share_of_signal

@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 
-from tests.test_reproduce import TABLE, make, report  # noqa: F401  (a fixture)
+from tests.tools.test_reproduce import TABLE, make, report  # noqa: F401  (a fixture)
 
 THREE_SEEDS = (
     TABLE.replace("seeds: [0, 1]", "seeds: [0, 1, 2]")

@@ -23,7 +23,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), *sorted(PROJECT.glob("results/*.reading.md"))]
 
 COMMENT = re.compile(r"(?P<figure>[+-]?\d+\.\d+)<!-- (?P<rows>\w+(?: by \w+)?: [^>]*?) -->")

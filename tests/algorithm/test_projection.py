@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.test_budget import SMALL, STREAMS, UNITS, graph_of
+from tests.channels.test_cost import SMALL, STREAMS, UNITS, graph_of
 from tests.toy import NETWORKS
 from utils.algorithm import projection
 from utils.algorithm.projection import project_onto_budget, project_onto_cost

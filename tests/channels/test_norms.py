@@ -8,7 +8,7 @@ from torch import Tensor
 
 from args import parse_args
 from main import main
-from tests.test_retirement import images_and_labels, network_of
+from tests.channels.test_shrink import images_and_labels, network_of
 from tests.toy import NETWORKS, batch, plain_net, sparse_network
 from trainers.default import backward
 from utils.channels.network import SparseNetwork

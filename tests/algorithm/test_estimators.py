@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.test_estimator import all_masks, probabilities, random_table, true_gradient
+from tests.algorithm.test_estimator import all_masks, probabilities, random_table, true_gradient
 from tests.toy import one_thread  # noqa: F401
 from utils.algorithm.estimator import disarm_gradient, vrpge_gradient
 from utils.algorithm.estimators import (

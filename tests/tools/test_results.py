@@ -10,7 +10,7 @@ from args import config_from_dict, parse_args
 from tools import reproduce
 from tools.table_file import hashed_options, read_table
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 RECORDS = sorted((PROJECT / "results").glob("*.runs.json"))
 
 

@@ -20,8 +20,8 @@ from args import METHODS as METHOD_NAMES
 from args import Config, parse_args
 from data import DataSplits, first_in_proportion
 from main import main
-from tests import test_main
 from tests.toy import NETWORKS, batch, config, one_thread, plain_net, sparse_network  # noqa: F401
+from tests.trainers import test_main
 from trainers.default import SearchState, StepSettings, calculateGrad, score_gradient_
 from trainers.methods import METHODS, method_of
 from trainers.methods.gates import concrete_gates, gated, gates_of_spaces, logistic_noise

@@ -1,7 +1,7 @@
 """The gauge: its figures against exact enumeration, its passes against the masked reference, and the program; and
 training with each of the estimators.
 
-`python -m tests.test_gauge` prints the exact variances of toys that docs/estimators.md shows.
+`python -m tests.tools.test_gauge` prints the exact variances of toys that docs/estimators.md shows.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 import args
 from args import config_from_dict, parse_args
-from tests.test_estimator import all_masks, random_table, true_gradient
-from tests.test_estimators import (
+from tests.algorithm.test_estimator import all_masks, random_table, true_gradient
+from tests.algorithm.test_estimators import (
     EFFECTS,
     SCORES,
     UNBIASED,
@@ -624,7 +624,7 @@ def test_a_running_mean_of_estimates_diverges_from_the_rate_that_the_page_names(
 
 
 def test_the_page_on_estimators_shows_these_numbers():
-    page = (Path(__file__).parent.parent / "docs" / "estimators.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "estimators.md").read_text()
     assert toy_table() in page
     assert all(f"`{name}`" in page for name in ESTIMATORS)
 

@@ -25,7 +25,7 @@ from utils.run.checkpoint import (
     save,
 )
 
-PROJECT_FOLDER = Path(__file__).resolve().parent.parent
+PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 
 
 def example_state(value: float = 1.0) -> dict:

@@ -22,7 +22,7 @@ from utils.channels.network import SparseNetwork
 from utils.conv_type import PlainConv
 from utils.run import checkpoint
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 KEYS = {
     *("arch", "keep_ratio", "batch_size", "precision", "device", "stream", "scores"),

@@ -20,7 +20,7 @@ from args import parse_args
 from main import main
 from utils.run.checkpoint import differences, load
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 TINY = """
 set: ImageFolder
 arch: resnet20_he

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from main import main
-from tests import ranks
-from tests.test_distributed import torchrun
-from tests.test_main import TINY, tiny_images  # noqa: F401
+from tests.ranks import program as ranks
+from tests.ranks.test_ranks import torchrun
 from tests.toy import one_thread  # noqa: F401
+from tests.trainers.test_main import TINY, tiny_images  # noqa: F401
 from utils.run.checkpoint import load
 
 EPOCHS, BATCH, FINETUNE_EPOCHS, FINETUNE_BATCH, NUM_SUBNETS, BN_BATCHES = 3, 16, 2, 12, 2, 2
@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder, tiny_images) -> list[dict[str, Any]]:  # noqa: F811
     """What each rank came to in `ranks.checks`."""
-    result = torchrun("-m", "tests.ranks", "checks", str(folder), str(tiny_images))
+    result = torchrun("-m", "tests.ranks.program", "checks", str(folder), str(tiny_images))
     assert result.returncode == 0, result.stderr
     return [torch.load(folder / f"rank{number}.pt", weights_only=True) for number in range(ranks.RANKS)]
 

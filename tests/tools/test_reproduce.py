@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from args import parse_args
-from tests.test_main import tiny_images  # noqa: F401  (a fixture)
+from tests.trainers.test_main import tiny_images  # noqa: F401  (a fixture)
 from tools import reproduce
 from tools.table_file import config_hash, read_table
 from tools.table_report import interval, t_quantile
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 
 # Writes a run folder as main.py does. `orders.json` says by name of the run what else is to happen; `events.txt` gets a
 # line for every start, end and signal.

@@ -1,4 +1,4 @@
-"""What `test_distributed.py` has two ranks do: `torchrun -m tests.ranks WHAT FOLDER [FOLDER of images]`.
+"""What `test_distributed.py` has two ranks do: `torchrun -m tests.ranks.program WHAT FOLDER [FOLDER of images]`.
 
 Every rank writes what it came to into FOLDER/rankN.pt; the tests compare that with a single process.
 """

@@ -25,11 +25,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from data import BatchedSet, build_data
 from main import main
-from tests.test_main import tiny_images  # noqa: F401
 from tests.toy import one_thread  # noqa: F401
+from tests.trainers.test_main import tiny_images  # noqa: F401
 from utils.run.checkpoint import load
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
 
 # the released recipe
