@@ -30,14 +30,41 @@ ARCHS = (
     *("vgg11", "vgg13", "vgg16", "vgg19", "wrn28_10", "wrn16_8", "mobilenet_v1"),
     *("resnet18", "resnet34", "resnet50", "resnet101"),
 )
-METHODS = ("vrpge", "dense", "thin", "random", "coin", "l1", "slimming", "sfp", "gumbel")
-ESTIMATORS = (
-    *("vrpge", "reinforce", "disarm", "shrinkage", "linear_cv", "linear_cv_gates", "linear_cv_disarm", "subbatch"),
-    "taylor",
-)
-PAIR_ESTIMATORS = ("disarm", "linear_cv_disarm")  # two masks a step
-GATE_ESTIMATORS = ("linear_cv_gates", "taylor")  # read the gradients of one backward pass
-LEARNING_ESTIMATORS = ("shrinkage", "linear_cv", "linear_cv_disarm", *GATE_ESTIMATORS)  # with memory of earlier steps
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    help: str
+    path: str
+
+
+METHODS = {
+    n: Entry("", p)
+    for n, p in {
+        "vrpge": "trainers.methods.vrpge:PolicyGradient",
+        "released": "trainers.methods.released:Released",
+        "coin": "trainers.methods.vrpge:Coin",
+        "dense": "trainers.methods.scratch:Dense",
+        "thin": "trainers.methods.scratch:Thin",
+        "random": "trainers.methods.scratch:RandomMask",
+        "l1": "trainers.methods.pruning:FilterNorm",
+        "slimming": "trainers.methods.pruning:Slimming",
+        "sfp": "trainers.methods.pruning:SoftPruning",
+        "gumbel": "trainers.methods.gumbel:Gumbel",
+    }.items()
+}
+ESTIMATORS = {
+    n: Entry("", "utils.algorithm.estimators." + p)
+    for n, p in {
+        "vrpge": "vrpge:VRPGEEstimator",
+        "reinforce": "reinforce:Reinforce",
+        "linear_cv_gates": "linear_cv_gates:LinearControlVariate",
+        "taylor": "taylor:Taylor",
+    }.items()
+}
+PAIR_ESTIMATORS = ()
+GATE_ESTIMATORS = ("linear_cv_gates", "taylor")
+LEARNING_ESTIMATORS = GATE_ESTIMATORS
 ONE_PHASE = ("dense", "thin", "random")  # methods without a search: one schedule over all epochs
 INITS = ("kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal")
 NOT_A_PERCENTAGE = "it is a fraction, not a percentage"
@@ -163,7 +190,7 @@ class SparsityConfig:
         "vrpge: ours; dense: the plain network; thin: narrower layers; random: random units; coin: vrpge with tossed "
         "coins for losses; l1, slimming, sfp: train dense, prune by filters or batch-norm, fine-tune; gumbel: scores "
         "by backward through soft gates",
-        choices=METHODS,
+        choices=tuple(METHODS),
     )
     keep_ratio: float = option(
         0.5,
@@ -190,7 +217,7 @@ class SparsityConfig:
     estimator: str = option(
         "vrpge",
         "how the gradient of the scores is estimated, see docs/estimators.md; subbatch is asked for by --subbatch N",
-        choices=ESTIMATORS,
+        choices=tuple(ESTIMATORS),
     )
     score_gradient: str = option(
         "raw",
@@ -208,10 +235,11 @@ class SparsityConfig:
         "compact: compute kept channels only; masked: compute all, multiply by masks",
         choices=("compact", "masked"),
     )
-    stream: str = option(
+    residual_masks: str = option(
         "free",
         "free: all layers that add into a residual stream draw their own masks; tied: they share one",
         choices=("free", "tied"),
+        aliases=("stream",),
     )
     retire: str = option(
         "on",
@@ -335,6 +363,10 @@ class Config:
         return "dense" if self.model.conv_type == "DenseConv" else self.sparsity.method
 
     @property
+    def shrinks(self) -> bool:
+        return self.sparsity.retires and self.method != "released"
+
+    @property
     def finetunes(self) -> bool:
         """Whether the run has a second phase with learning rate and batch size of its own."""
         return self.finetune.finetune and self.method not in ONE_PHASE
@@ -391,7 +423,7 @@ USELESS_KEYS = {  # by method
     "vrpge": {"slimming_penalty"},
     "coin": {"slimming_penalty"},
     "gumbel": {"slimming_penalty", *POLICY_KEYS},
-    "thin": {"slimming_penalty", "constrain_by_layer", "stream", *SCORE_KEYS, *SCRATCH_KEYS},
+    "thin": {"slimming_penalty", "constrain_by_layer", "residual_masks", *SCORE_KEYS, *SCRATCH_KEYS},
     "random": {"slimming_penalty", *SCORE_KEYS, *SCRATCH_KEYS},
     "l1": {"slimming_penalty", "constrain_by_layer", *SCORE_KEYS},
     "sfp": {"slimming_penalty", "constrain_by_layer", *SCORE_KEYS},

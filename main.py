@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Sequence
 
 from args import config_to_yaml, parse_args
 from utils.errors import RankError, UserError
-from utils.ranks.launch import first_to_fail, num_started, only_first_rank_speaks
+from utils.ranks.launch import num_started, only_first_rank_speaks, rank_here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the last checkpoint could not be written, 2 a user's mistake, 3 diverged,
-    4 ranks have lost each other, 130 or 143 stopped by Ctrl-C or SIGTERM.
-
-    Of several ranks only the first speaks; but whichever fails first says why.
-    """
+    4 ranks have lost each other, 130 or 143 stopped by Ctrl-C or SIGTERM."""
     try:
         with only_first_rank_speaks():
             return _run(argv)
-    except UserError as error:
-        code, reason = 2, f"error: {error}"
-    except RankError as error:
-        code, reason = 4, f"error: {error}"
-    except Exception:
-        if num_started() == 1:
-            raise
-        code, reason = 1, traceback.format_exc()
-    if first_to_fail():
-        print(reason, file=sys.stderr)
-    return code
+    except (UserError, RankError) as error:
+        rank = f"rank {rank_here()}: " if num_started() > 1 else ""
+        print(f"{rank}error: {error}", file=sys.stderr)
+        return 4 if isinstance(error, RankError) else 2
 
 
 def _run(argv: Sequence[str] | None) -> int:

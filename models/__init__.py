@@ -1,4 +1,4 @@
-"""Networks by name. A network is plain PyTorch; this file decides which of its layers become maskable.
+"""Networks by name, in plain PyTorch, and which of their layers become maskable.
 
 Every network names the layer that makes its logits in an attribute `head`. The others are registered in the order of
 the forward pass.
@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
 
 from torch import nn
 
 from models.mobilenet import BLOCKS, STEM_WIDTH, MobileNetV1
+from models.pretrained import load_pretrained
 from models.resnet_cifar import ResNetCifar
 from models.resnet_imagenet import BasicBlock, Bottleneck, ResNet
 from models.vgg import HIDDEN_WIDTH, POOL, VGG, VGGImageNet, vgg_plan
 from models.wrn import WideResNet
-from utils.conv_type import sparsify
 from utils.errors import UserError
+
+__all__ = ["MODELS", "build_model", "initialise", "load_pretrained", "maskable_convs"]
 
 # Images of at least this many pixels a side get the form that a network has for ImageNet, smaller ones the form for
 # CIFAR, which halves them less often. 128: 32 times smaller, as at the end of the ImageNet forms, a map is still 4x4.
@@ -129,24 +130,16 @@ def initialise(model: nn.Module, init: str, mode: str, nonlinearity: str) -> Non
             functions[init](module.weight)
 
 
-def build_model(config: Any, score_init: float, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """A freshly initialised network as the configuration asks: masked (`VRPGE`) or plain (`DenseConv`).
+def build_model(arch: str, num_classes: int, in_channels: int, image_size: int, width_mult: float = 1.0) -> nn.Module:
+    """A plain network by name, with torch's own first weights.
 
     Args:
-        config: the model part of the configuration (`args.ModelConfig`).
-        score_init: start value of every score, in (0, 1].
         image_size: pixels a side, see `LARGE_IMAGE`.
+        width_mult: factor on all channel counts.
     Raises: UserError for a name that is not in `MODELS`.
     """
-    if config.arch not in MODELS:
-        close = get_close_matches(config.arch, MODELS, n=1)
+    if arch not in MODELS:
+        close = get_close_matches(arch, MODELS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"unknown arch {config.arch!r}; {hint}the networks are {', '.join(MODELS)}")
-    model = MODELS[config.arch](config.width_mult, num_classes, in_channels, image_size >= LARGE_IMAGE)
-    initialise(model, config.init, config.mode, config.nonlinearity)
-    if config.conv_type == "VRPGE":
-        names = maskable_convs(
-            model, first_layer_dense=config.first_layer_dense, last_layer_dense=config.last_layer_dense
-        )
-        sparsify(model, names, score_init)
-    return model
+        raise UserError(f"unknown arch {arch!r}; {hint}the networks are {', '.join(MODELS)}")
+    return MODELS[arch](width_mult, num_classes, in_channels, image_size >= LARGE_IMAGE)

@@ -43,7 +43,7 @@ def _from_file(model: nn.Module, path: str) -> dict[str, Tensor]:
             f"--pretrained {path}: not a readable checkpoint or state dict ({type(error).__name__}); "
             "pass a file written by this project or by torch.save(model.state_dict(), path)"
         ) from error
-    _refuse_retired(state, path)
+    _refuse_shrunk(state, path)
     state = state.get("model", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         _refuse(path, "holds no state dict; pass torch.save(model.state_dict(), path)")
@@ -51,14 +51,14 @@ def _from_file(model: nn.Module, path: str) -> dict[str, Tensor]:
     return state
 
 
-def _refuse_retired(state: Any, path: str) -> None:
+def _refuse_shrunk(state: Any, path: str) -> None:
     stored = state.get("stored_units") if isinstance(state, dict) else None
     if isinstance(stored, Tensor) and not stored.all():
-        num_retired = int((~stored).sum())
+        num_gone = int((~stored).sum())
         _refuse(
             path,
-            f"{num_retired} of {len(stored)} units of that run have retired, so their weights are gone; go on with "
-            "the run itself (--resume), or repeat it with --retire off and pass its checkpoint",
+            f"the weights of {num_gone} of {len(stored)} units of that run are gone, because it shrank while it "
+            "trained; go on with the run itself (--resume), or repeat it with --no-shrink and pass its checkpoint",
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from args import Config, SparsityConfig, TrainConfig
 from models.resnet_cifar import ResNetCifar
+from trainers.build import make_estimator
+from trainers.default import draw_masks, stored_masks
+from trainers.state import Search
+from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
+from utils.channels.norms import GateReader
 from utils.conv_type import sparsify
 
 IMAGE_SHAPE = (3, 8, 8)
@@ -307,10 +312,9 @@ def sparse_network(
     net: nn.Module,
     layers: Sequence[str],
     execution: str = "compact",
-    semantics: str = "unit",
     score_init: float = 0.5,
     image_shape: tuple[int, int, int] = IMAGE_SHAPE,
-    multiple: int = 1,
+    **options: Any,
 ) -> SparseNetwork:
     """A `SparseNetwork` over a copy of `net`, its scores in the dtype of its weights; unpadded unless asked."""
     dtype = next(net.parameters()).dtype
@@ -318,7 +322,7 @@ def sparse_network(
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # `test_graph.py` has its own test of a graph in another dtype
     try:
-        return SparseNetwork(model, image_shape, execution, semantics, multiple=multiple)
+        return SparseNetwork(model, image_shape, execution=execution, **{"multiple": 1, **options})
     finally:
         torch.set_default_dtype(default)
 
@@ -352,24 +356,48 @@ def batch(
     return images.to(dtype), torch.randint(NUM_CLASSES, (size,), generator=generator)
 
 
-def config(
+def config(**options: Any) -> Config:
+    """Options by name, those of a group in `args.Config`; by default nothing is clipped."""
+    groups = {"sparsity": SparsityConfig, "train": TrainConfig}
+    given = {"clip_norm": 1e9, **options}
+    values = {
+        name: group(**{key: given.pop(key) for key in list(given) if key in group.__dataclass_fields__})
+        for name, group in groups.items()
+    }
+    assert not given, f"unknown options: {given}"
+    return Config(**values)
+
+
+def search_of(
+    network: SparseNetwork,
+    options: Config,
     *,
-    K: int = 2,
-    weight_samples: int = 1,
-    alpha: float = 0.5,
-    constrain_by_layer: bool = False,
-    clip_jointly: bool = False,
-    clip_norm: float = 1e9,
-    precision: str = "fp32",
-    label_smoothing: float = 0.0,
-) -> Config:
-    """What `train_step` reads; by default nothing is clipped."""
-    return Config(
-        sparsity=SparsityConfig(K=K, weight_samples=weight_samples, alpha=alpha, constrain_by_layer=constrain_by_layer),
-        train=TrainConfig(
-            clip_jointly=clip_jointly,
-            clip_norm=clip_norm,
-            precision=precision,
-            label_smoothing=label_smoothing,
-        ),
+    masks_KU: Tensor | None = None,
+    seed: int = 0,
+    weight_optimizer: torch.optim.Optimizer | None = None,
+    score_optimizer: torch.optim.Optimizer | None = None,
+) -> Search:
+    """A search before its first step, with given masks or with masks drawn from the scores; SGD and Adam by default."""
+    search = Search(
+        network,
+        Budget(network, options.sparsity.budget, options.sparsity.constrain_by_layer),
+        weight_optimizer or torch.optim.SGD(network.weight_parameters(), lr=1.0, momentum=0.9),
+        score_optimizer or torch.optim.Adam([network.scores], lr=1.0),
+        torch.Generator().manual_seed(seed),
+        estimator=make_estimator(network, options),
     )
+    search.masks = draw_masks(search, options) if masks_KU is None else stored_masks(masks_KU, options)
+    if search.estimator.needs_gates:
+        search.gate_reader = GateReader(network)
+    return search
+
+
+CLOCKS = ("images_per_second", "step_ms", "epoch_seconds")
+
+
+def without_clocks(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What two checkpoints of equal runs have in common: no times, and no options, of which some may differ."""
+    kept = {key: value for key, value in state.items() if key not in ("clocks", "config")}
+    if "history" in kept:
+        kept["history"] = [{k: v for k, v in row.items() if k not in CLOCKS} for row in kept["history"]]
+    return kept

@@ -8,7 +8,6 @@ import torch
 
 from args import Config
 from utils.errors import UserError
-from utils.ranks.exchange import num_ranks
 from utils.ranks.launch import local_rank, num_local_ranks, num_started
 from utils.run.progress import announce
 
@@ -63,54 +62,33 @@ def _check_gpu(number: int) -> torch.device:
     return torch.device(f"cuda:{number}")
 
 
-def check_ranks(config: Config, device: torch.device, flags: Collection[str]) -> None:
-    """Refuses what does not go with the number of ranks.
+def check_ranks(config: Config, flags: Collection[str]) -> None:
+    """Raises UserError for what does not go with the number of ranks.
 
     Args:
         flags: keys given on the command line.
     """
-    ranks = num_ranks()
+    ranks = num_started()
     if ranks == 1:
-        useless = [f"--{key.replace('_', '-')}" for key in ("rank_masks", "sync_bn") if key in flags]
-        if useless and config.run.multigpu is None:
+        if "rank_masks" in flags and config.run.multigpu is None:
             raise UserError(
-                f"{', '.join(useless)} (command line) without effect: there is a single process; start several with "
-                "torchrun or --multigpu 0,1, or leave it out"
+                "--rank-masks (command line) has no effect: there is a single process; start several with torchrun or "
+                "--multigpu 0,1, or leave it out"
             )
         return
-    sizes = {"batch_size": config.train.batch_size, "finetune_batch_size": finetune_batch(config)}
+    sizes = {"batch_size": config.train.batch_size}
+    if config.finetunes:
+        sizes["finetune_batch_size"] = config.finetune.finetune_batch_size
     for what, size in sizes.items():
-        if 0 < size < 2 * ranks:
+        if size < 2 * ranks:
             raise UserError(
                 f"{what} {size} is the total of {ranks} processes and leaves less than the 2 images for each that "
                 f"batch-norm needs; pass at least {2 * ranks}"
             )
-        if config.train.sync_bn and size % ranks:
-            raise UserError(
-                f"sync_bn needs parts of equal size, but {what} {size} is shared by {ranks} processes; pass a multiple "
-                f"of {ranks}"
-            )
-    if config.train.sync_bn and device.type == "cpu":
-        raise UserError("sync_bn needs GPUs, torch has no synchronised batch-norm for CPUs; pass --no-sync-bn")
-    if config.sparsity.gauge_every and config.train.batch_size // ranks < config.sparsity.least_gauged_batch:
-        raise UserError(
-            f"gauge_every {config.sparsity.gauge_every} halves the {config.train.batch_size // ranks} images that each "
-            f"of {ranks} processes has, which leaves too few; pass a larger --batch-size, or leave it out"
-        )
-    if 2 * config.sparsity.subbatch > config.train.batch_size // ranks:
-        raise UserError(
-            f"subbatch {config.sparsity.subbatch} leaves parts of less than two images of the "
-            f"{config.train.batch_size // ranks} that each of {ranks} processes has; pass fewer masks"
-        )
-
-
-def finetune_batch(config: Config) -> int:
-    """Images of a step of fine-tuning; 0 without it."""
-    return config.finetune.finetune_batch_size if config.finetunes else 0
 
 
 def starter(config: Config) -> list[str]:
     """What stands before main.py in a command that starts as many processes as there are now."""
-    if num_ranks() == 1 or config.run.multigpu is not None:
+    if num_started() == 1 or config.run.multigpu is not None:
         return ["python"]
-    return ["torchrun", "--standalone", "--nproc_per_node", str(num_ranks())]
+    return ["torchrun", "--standalone", "--nproc_per_node", str(num_started())]

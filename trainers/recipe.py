@@ -14,21 +14,19 @@ from torch import Tensor
 
 from args import Config
 from data import BatchedSet, DataSplits
+from trainers.build import fix_subnet
 from trainers.default import StepSettings, evaluate
-from trainers.methods import method_of
-from trainers.methods.base import Method, cost_of
+from trainers.methods import make_method
+from trainers.methods.base import Method
 from trainers.report import Reporter
 from trainers.state import Best, RunState
-from utils.algorithm.schedules import kept_fraction, learning_rate_factor
-from utils.channels.plan import Plan
-from utils.channels.shrink import store_only
+from utils.algorithm.schedules import falling_keep_ratio, learning_rate_factor
 from utils.channels.subnet import Subnet, estimate_statistics, installed
-from utils.ranks.exchange import agreed_signal, check_equal, num_ranks, synchronised_batch_norm
-from utils.run.metrics import Cost, CostLedger, MetricSums
+from utils.ranks.exchange import agreed_signal, check_equal, num_ranks
+from utils.run.metrics import CostLedger, MetricSums
 from utils.run.signals import StopRequest
 
 CHECK_EVERY = 100  # steps; reads all weights once and makes a GPU wait
-FINETUNING = Method()  # ordinary steps of the chosen subnet, whatever chose it
 
 
 class Stopped(Exception):
@@ -55,7 +53,8 @@ class Recipe:
     stop: StopRequest | None
 
     def __post_init__(self) -> None:
-        self.method = method_of(self.config)
+        self.method = make_method(self.config)
+        self.finetuning = Method(self.config)  # ordinary steps of the chosen subnet, whatever chose it
         wanted = self.config.finetune.bn_batches * self.config.train.batch_size
         order = np.random.default_rng(0).permutation(len(self.data.train))[:wanted]
         self.calibration = self.data.train.subset(torch.from_numpy(order))
@@ -70,7 +69,7 @@ class Recipe:
         """
         self.check_ranks()
         while self.run.phase != "done":
-            if self.run.epoch < self.last_epoch_of_phase:
+            if self.run.epoch < self.run.num_epochs(self.config):
                 self.train_epoch()
                 self.finish_epoch()
             elif self.run.phase == "search":
@@ -82,34 +81,27 @@ class Recipe:
                 self.stop_if_asked()
 
     @property
-    def last_epoch_of_phase(self) -> int:
-        return self.config.train.epochs if self.run.phase == "search" else self.config.total_epochs
-
-    @property
     def batch_size(self) -> int:
-        config = self.config
-        return config.finetune.finetune_batch_size if self.run.phase == "finetune" else config.train.batch_size
+        return self.run.batch_size(self.config)
 
     def settings(self, step: int, steps_per_epoch: int) -> StepSettings:
         """Learning rates and budget of a step of the epoch under way (counted from 0)."""
         config, sparsity, train = self.config, self.config.sparsity, self.config.train
-        now, total = self.run.epoch * steps_per_epoch + step, self.last_epoch_of_phase * steps_per_epoch
+        now, total = self.run.epoch * steps_per_epoch + step, self.run.num_epochs(config) * steps_per_epoch
         warmup = train.warmup_length * steps_per_epoch
         one_curve = config.finetune.finetune_policy == "continue"
         span = config.total_epochs * steps_per_epoch if one_curve else total
         weight_lr = train.weight_lr * learning_rate_factor(train.lr_policy, now, span, warmup)
         if self.run.phase == "finetune":
             return StepSettings(weight_lr if one_curve else config.finetune.finetune_lr)
-        fraction = kept_fraction(
-            *(sparsity.budget_schedule if self.method.has_scores else "constant", now, total),
-            *(sparsity.keep_ratio, sparsity.budget_start, sparsity.budget_end),
-        )
+        falling = self.method.has_scores and sparsity.budget_schedule == "cubic"
+        fall = (sparsity.budget_start, sparsity.budget_end)
+        keep_ratio = falling_keep_ratio(now / total, sparsity.keep_ratio, *fall) if falling else sparsity.keep_ratio
         return StepSettings(
             weight_lr=weight_lr,
             score_lr=train.score_lr * learning_rate_factor(train.lr_policy, now, total, warmup),
-            kept_fraction=fraction,
+            keep_ratio=keep_ratio,
             update_scores=now % sparsity.score_every == 0,
-            gauge=sparsity.gauge_every > 0 and now % sparsity.gauge_every == 0,
             progress=now / total,
         )
 
@@ -135,18 +127,19 @@ class Recipe:
     def step(self, images: Tensor, labels: Tensor, settings: StepSettings) -> dict[str, Tensor]:
         """One step of the current phase, entered into the ledger of costs."""
         run, network = self.run, self.run.network
-        method = FINETUNING if run.phase == "finetune" else self.method
-        with synchronised_batch_norm(network, self.config.train.sync_bn):
-            metrics, cost = method.step(run, images, labels, settings, self.config)
+        method = self.finetuning if run.phase == "finetune" else self.method
+        result = method.step(run, images, labels, settings)
         spent = CostLedger()
-        spent.add_step(len(labels), cost.forward, cost.num_backward, network.dense_macs)
+        spent.add_step(len(labels), result.forward, result.num_backward, network.dense_macs)
         spent = spent.of_all_ranks()
         run.ledger.add(spent)
         run.epoch_cost.add(spent)
-        return metrics
+        return result.metrics
 
-    def cost(self, plan: Plan) -> Cost:
-        return cost_of(self.run.network, plan)
+    def add_passes(self, images: int, subnet: Subnet) -> None:
+        """Enters forward passes of a subnet outside training steps into the ledger of costs."""
+        network = self.run.network
+        self.run.ledger.add_forward(images, network.pass_cost(network.plan(subnet.mask_U)))
 
     # ---- the end of an epoch ----------------------------------------------------------------------------------
 
@@ -156,11 +149,11 @@ class Recipe:
         settings = self.settings(run.step - 1, self.data.train.num_train_batches(self.batch_size))
         with self.timed("seconds"):
             if run.phase == "search":
-                self.method.end_of_epoch(run, self.config)
-            subnet = self.current_subnet(settings.kept_fraction)
+                self.method.end_of_epoch(run)
+            subnet = self.current_subnet(settings.keep_ratio)
             heldout = self.evaluate_heldout(subnet)
             # while the budget falls, a state that still exceeds the final one is no candidate
-            allowed = run.search is None or settings.kept_fraction <= sparsity.keep_ratio + 1e-9
+            allowed = run.search is None or settings.keep_ratio <= sparsity.keep_ratio + 1e-9
             is_best = allowed and (
                 run.best is None or not heldout or self.merit(heldout) > self.merit(run.best.heldout)
             )
@@ -178,24 +171,22 @@ class Recipe:
         run.sums, run.epoch_cost, run.epoch_seconds = MetricSums(), CostLedger(), 0.0
         self.reporter.save(run, best=is_best, epoch_end=True)
 
-    def current_subnet(self, fraction: float) -> Subnet:
+    def current_subnet(self, keep_ratio: float) -> Subnet:
         """What would be shipped now: in a search the subnet that it would keep, else the network as it is."""
         network = self.run.network
         if self.run.phase == "search":
-            return self.calibrated(self.method.mask(network, self.config, fraction))
-        mask_U = self.run.fixed_plan.mask_U
+            return self.calibrated(self.method.mask(self.run, keep_ratio))
         statistics = {
             name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in network.batch_norms().items()
         }
-        return Subnet(mask_U, statistics)
+        return Subnet(self.run.plan.mask_U, statistics)
 
     def calibrated(self, mask_U: np.ndarray) -> Subnet:
         """A subnet with batch-norm statistics from the calibration images."""
         network = self.run.network
         batches = self.calibration.batches(self.config.train.batch_size)
-        subnet = estimate_statistics(network, mask_U, batches, self.config.train)
-        images = num_ranks() * len(self.calibration)
-        self.run.ledger.add_forward(images, self.cost(network.plan(subnet.mask_U)))
+        subnet = estimate_statistics(network, mask_U, batches)
+        self.add_passes(num_ranks() * len(self.calibration), subnet)
         return subnet
 
     def is_test_due(self, epoch: int) -> bool:
@@ -206,14 +197,14 @@ class Recipe:
     def evaluate_heldout(self, subnet: Subnet) -> dict[str, float]:
         """Held-out metrics, which choose; none without held-out images. Test metrics are only reported."""
         heldout = self.evaluate_on(subnet, self.data.holdout) if len(self.data.holdout) else {}
-        self.run.ledger.add_forward(len(self.data.holdout), self.cost(self.run.network.plan(subnet.mask_U)))
+        self.add_passes(len(self.data.holdout), subnet)
         return heldout
 
     def evaluate_on(self, subnet: Subnet, images: BatchedSet) -> dict[str, float]:
         network = self.run.network
         with installed(network, subnet):
             batches = images.batches(self.config.train.batch_size)
-            return evaluate(network, network.plan(subnet.mask_U), batches, self.config.train)
+            return evaluate(network, network.plan(subnet.mask_U), batches, self.config.train.label_smoothing)
 
     @staticmethod
     def merit(metrics: dict[str, float]) -> tuple[float, float]:
@@ -225,7 +216,7 @@ class Recipe:
     def choose_subnet(self) -> None:
         """Ends the search: the best of the method's candidates, by held-out or training images."""
         run, config = self.run, self.config
-        masks = self.method.candidates(run.network, config)
+        masks = self.method.candidates(run)
         judges = self.data.train if config.finetune.sample_from_training_set else self.data.holdout
         with self.timed("seconds"):
             subnets, merits = [], []
@@ -233,7 +224,7 @@ class Recipe:
                 subnets.append(self.calibrated(mask_U))
                 if self.method.has_scores:  # others have a single candidate
                     merits.append(self.merit(self.evaluate_on(subnets[-1], judges)))
-                    run.ledger.add_forward(len(judges), self.cost(run.network.plan(subnets[-1].mask_U)))
+                    self.add_passes(len(judges), subnets[-1])
             chosen = max(range(len(merits)), key=merits.__getitem__, default=0)  # ties: the top-scored one
             subnet = subnets[chosen]
             heldout, test = self.evaluate_heldout(subnet), self.evaluate_on(subnet, self.data.test)
@@ -249,9 +240,7 @@ class Recipe:
         self.reporter.choice(run, len(subnets))
         self.reporter.save(run, best=True)  # the weights of best.pt are those of the search's end
         if config.finetune.finetune:
-            run.start_finetuning(config, subnet)
-            if config.sparsity.retires:
-                store_only(run.network, subnet.mask_U, run.weight_optimizer)
+            fix_subnet(run, config, subnet)
         else:
             run.phase, run.subnet = "done", subnet
         self.reporter.save(run)
@@ -286,7 +275,7 @@ class Recipe:
 
     @property
     def kept_units(self) -> float:
-        mask_U = self.run.fixed_plan.mask_U
+        mask_U = self.run.plan.mask_U
         return float(mask_U.mean()) if len(mask_U) else 1.0
 
     @contextmanager

@@ -12,13 +12,12 @@ from torch import Tensor
 from args import Config
 from data import DataSplits
 from trainers.default import StepSettings
-from trainers.methods.share import share_of_signal
 from trainers.state import RunState
 from utils.channels.subnet import Subnet
 from utils.ranks.exchange import num_ranks
 from utils.run import checkpoint
 from utils.run.board import Board
-from utils.run.folder import append_row, truncate_rows, write_json
+from utils.run.folder import write_csv, write_json
 from utils.run.progress import Progress, announce
 
 TAGS = {  # column of results.csv -> curve in TensorBoard
@@ -40,8 +39,6 @@ TAGS = {  # column of results.csv -> curve in TensorBoard
     "share_zero": "scores/share_exactly_0",
     "share_one": "scores/share_exactly_1",
     "loss_difference": "vrpge/loss_difference",
-    "share_of_signal": "vrpge/share_of_signal",
-    "share_of_signal_error": "vrpge/share_of_signal_error",
     "forward_flops_ratio": "flops/forward_ratio",
     "forward_flops_ratio_mean": "flops/forward_ratio_running_mean",
     "subnet_flops_ratio": "flops/subnet_ratio",
@@ -70,15 +67,15 @@ class Reporter:
 
     Args:
         folder: of the run, with `logs/` and `checkpoints/`.
-        first_epoch: finished epochs at the start: what an interrupted run reported beyond them is dropped.
+        run: as it starts. What an interrupted run reported beyond its finished epochs is dropped.
     """
 
-    def __init__(self, folder: Path, config: Config, data: DataSplits, first_epoch: int = 0) -> None:
+    def __init__(self, folder: Path, config: Config, data: DataSplits, run: RunState) -> None:
         self.folder, self.config, self.data = folder, config, data
         self.save_failed = False
-        self.table = folder / "results.csv"
-        truncate_rows(self.table, first_epoch + 1)
-        self.board = Board(folder / "logs", purge_step=first_epoch + 1 if first_epoch else None)
+        if run.history:
+            write_csv(folder / "results.csv", run.history)
+        self.board = Board(folder / "logs", purge_step=run.epoch + 1 if run.epoch else None)
         self.board.layout(PAGES)
 
     def progress(self, run: RunState, steps: int) -> Progress:
@@ -109,18 +106,19 @@ class Reporter:
             "train_flops_ratio": run.ledger.train_flops_ratio,
             "weight_lr": settings.weight_lr,
             "images_per_second": run.sums.count / seconds,
-            "step_ms": 1000 * seconds * self._batch_size(run) / run.sums.count,
+            "step_ms": 1000 * seconds * run.batch_size(self.config) / run.sums.count,
         }
         if run.search is not None:
             values |= score_facts(network.scores)
             values |= {
-                "budget": settings.kept_fraction,
+                "budget": settings.keep_ratio,
                 "score_lr": settings.score_lr,
                 **{name: means[name] for name in ("v", "loss_difference") if name in means},
             }
-            values |= share_of_signal(means, run.sums.count)
-            if run.search.draw is not None:
-                values["keep_ratio_drawn"] = float(run.search.draw.masks_KU[0].double().mean())
+            if run.search.masks is not None:
+                values["keep_ratio_drawn"] = float(run.search.masks.own_KU[0].double().mean())
+        row = {"epoch": run.epoch, "phase": run.phase, **{name: values.get(name, "") for name in TAGS}}
+        run.history.append({**row, "epoch_seconds": run.epoch_seconds})
         try:
             self._write(run, values)
         except OSError as error:  # such as a full disk: no reason to lose the training
@@ -140,12 +138,7 @@ class Reporter:
             self.board.score_histograms(run.epoch, scores)
             self.board.score_map(run.epoch, scores)
         self.board.flush()
-        row = {"epoch": run.epoch, "phase": run.phase, **{name: values.get(name, "") for name in TAGS}}
-        append_row(self.table, {**row, "epoch_seconds": run.epoch_seconds})
-
-    def _batch_size(self, run: RunState) -> int:
-        finetuning = run.phase == "finetune"
-        return self.config.finetune.finetune_batch_size if finetuning else self.config.train.batch_size
+        write_csv(self.folder / "results.csv", run.history)
 
     def choice(self, run: RunState, num_candidates: int) -> None:
         kept = int(run.best.subnet.mask_U.sum())
@@ -163,12 +156,7 @@ class Reporter:
         state = run.state_dict(self.config, fingerprint)
         files = {folder / "last.pt": state}
         if best:
-            files[folder / "best.pt"] = {
-                **run.model_state(self.config, fingerprint),
-                "subnet": run.best.subnet.state_dict(),
-                "heldout": run.best.heldout,
-                "test": run.best.test,
-            }
+            files[folder / "best.pt"] = run.best_state(self.config, fingerprint)
         every = self.config.run.save_every
         if epoch_end and every and run.epoch % every == 0:
             files[folder / f"epoch_{run.epoch}.pt"] = state
@@ -234,7 +222,6 @@ def summarise(run: RunState, config: Config, data: DataSplits, folder: Path) -> 
         "arch": config.model.arch,
         "width_mult": config.model.width_mult,
         "set": config.data.set,
-        "conv_type": config.model.conv_type,
         "method": config.method,
         "keep_ratio": 1.0 if dense else config.sparsity.keep_ratio,
         "test_top1": best.test["top1"],
@@ -251,8 +238,7 @@ def summarise(run: RunState, config: Config, data: DataSplits, folder: Path) -> 
         "epochs": run.epoch,
         "best_epoch": best.epoch,
         "seed": config.run.seed,
-        "execution": "dense" if dense else config.sparsity.execution,
-        "semantics": "dense" if dense else config.sparsity.semantics,
+        "execution": "dense" if dense else network.execution,
         "precision": config.train.precision,
         "device": device_name(network.device),
         "ranks": num_ranks(),

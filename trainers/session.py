@@ -14,14 +14,15 @@ import torch
 
 from args import Arguments, Config, check_resume, config_from_dict, config_to_yaml
 from data import DataSplits, build_data
-from trainers.devices import check_ranks, find_device, finetune_batch, gpus_to_start, starter
+from trainers.build import new_run, restore_model, restore_run
+from trainers.devices import check_ranks, find_device, gpus_to_start, starter
 from trainers.recipe import Diverged, Recipe, Stopped
 from trainers.report import Reporter, SilentReporter, device_name
-from trainers.state import RunState, load_model_state, new_run
+from trainers.state import RunState
 from utils.channels.subnet import Subnet
 from utils.errors import UserError
 from utils.ranks.exchange import check_equal, first_on_each_machine, joined, num_ranks, rank, wait_for_all
-from utils.ranks.launch import launch
+from utils.ranks.launch import become_torchrun
 from utils.run import checkpoint
 from utils.run.folder import (
     create_run_folder,
@@ -49,10 +50,10 @@ def _on_devices(
 ) -> int:
     """Does the work on the device of this process, or in new processes, one for each of several GPUs."""
     if wanted := gpus_to_start(config):
-        return launch(wanted, command[1:])
+        become_torchrun(wanted, command[1:])
     device = find_device(config)
+    check_ranks(config, [key for key, origin in arguments.origin.items() if origin == "command line"])
     with joined(device):
-        check_ranks(config, device, [key for key, origin in arguments.origin.items() if origin == "command line"])
         return work(config, device)
 
 
@@ -110,7 +111,7 @@ def _go_on(
         return _evaluate(config, data, run, state, file)
     if "weight_optimizer" not in state:
         raise UserError(f"{file} holds what evaluation needs, not a whole run; resume from last.pt beside it")
-    run.load_state_dict(state, config)
+    restore_run(run, state, config)
     describe(config, data, run)
     if config.run.dry_run:
         return _dry_run(config, data, run)
@@ -137,7 +138,7 @@ def _train(
             facts = environment_facts(run.network.device) | {"ranks": num_ranks()}
             again = config_to_yaml(replace(config, run=replace(config.run, resume=None)), origin)  # trains, not resumes
             write_facts(folder, config_yaml=again, command=[*starter(config), *command], environment=facts)
-        reporter = Reporter(folder, config, data, run.epoch) if writes else SilentReporter(config)
+        reporter = Reporter(folder, config, data, run) if writes else SilentReporter(config)
         try:
             Recipe(config, data, run, reporter, stop).execute()
         except Stopped:
@@ -162,13 +163,13 @@ def _evaluate(config: Config, data: DataSplits, run: RunState, state: dict[str, 
     """Test accuracy of a checkpoint's subnet. A checkpoint from the middle of the search has none yet: then that of
     its highest scores, with batch-norm statistics from training images."""
     network = run.network
-    load_model_state(network, state)
+    restore_model(network, state)
     recipe = Recipe(config, data, run, reporter=None, stop=None)
     run.phase = state["phase"]
     if state.get("subnet") is not None and "weight_optimizer" not in state:
         subnet = Subnet.from_state_dict(state["subnet"], network.device)
     else:
-        run.load_state_dict(state, config)
+        restore_run(run, state, config)
         subnet = recipe.current_subnet(config.sparsity.keep_ratio)
     test = recipe.evaluate_on(subnet, data.test)
     plan = network.plan(subnet.mask_U)
@@ -211,7 +212,10 @@ def load_data(config: Config, device: torch.device) -> DataSplits:
     for part in (data.train, data.holdout, data.test):
         part.channels_last = True
         part.rank, part.num_ranks = rank(), num_ranks()
-    for what, size in (("batch_size", config.train.batch_size), ("finetune_batch_size", finetune_batch(config))):
+    for what, size in (
+        ("batch_size", config.train.batch_size),
+        ("finetune_batch_size", config.finetunes * config.finetune.finetune_batch_size),
+    ):
         if size > len(data.train):
             raise UserError(f"{what} is {size}, but there are only {len(data.train)} training images; lower it")
     return data
@@ -219,7 +223,7 @@ def load_data(config: Config, device: torch.device) -> DataSplits:
 
 def _kept(config: Config) -> float:
     """The fraction that names the run folder."""
-    return config.sparsity.keep_ratio if config.model.conv_type == "VRPGE" else 1.0
+    return 1.0 if config.method == "dense" else config.sparsity.keep_ratio
 
 
 def run_name(config: Config) -> str:
@@ -238,7 +242,7 @@ def describe(config: Config, data: DataSplits, run: RunState) -> None:
         part, rest = divmod(config.train.batch_size, num_ranks())
         sizes = f"{part} or {part + 1}" if rest else f"{part}"
         masks = {"shared": "the same masks", "independent": "masks of its own"}[config.sparsity.rank_masks]
-        draws = run.search is not None and run.search.draw is not None
+        draws = run.search is not None and run.search.masks is not None
         announce(
             f"batch size {config.train.batch_size}: {num_ranks()} ranks x {sizes}"
             + (f", each with {masks}" if draws else "")
@@ -254,7 +258,7 @@ def describe(config: Config, data: DataSplits, run: RunState) -> None:
             most = kept * network.expected_cost(counted).dense / 1e6
             what = {"params": "parameters", "flops": "multiply-adds"}[counted]
             budget = f"the {what} (at most {most:,.2f} M expected), choosing among {units}"
-        announce(f"{config.method}: keeping {100 * kept:g} % of {budget}; {config.sparsity.execution} execution")
+        announce(f"{config.method}: keeping {100 * kept:g} % of {budget}; {network.execution} execution")
 
 
 def print_result(summary: dict[str, Any], config: Config) -> None:

@@ -1,4 +1,7 @@
-"""Everything a run carries from step to step, as one object that a checkpoint can hold."""
+"""What a run knows between two steps: data only. `trainers/build.py` makes it, and a checkpoint holds it.
+
+Legend: U maskable units of the network, K masks drawn in one step.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,62 @@ import torch
 from torch import Tensor
 
 from args import Config, config_to_dict
-from data import DataSplits
-from models import build_model
-from models.pretrained import load_pretrained
-from trainers.default import SearchState, draw_masks, estimator_of, first_memory, how_to_draw, stored_draw
-from trainers.methods import method_of
-from trainers.methods.base import check_budget
-from utils.algorithm.optimizer import FusedSGD
-from utils.channels.cost import constant_score
+from utils.algorithm.estimators.base import Estimator
+from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
 from utils.channels.norms import GateReader
 from utils.channels.plan import Plan
-from utils.channels.shrink import store_only
 from utils.channels.subnet import Subnet
-from utils.errors import UserError
-from utils.run.checkpoint import generator_states, restore_generators
 from utils.run.metrics import CostLedger, MetricSums
-from utils.seeds import COIN_STREAM, GAUGE_STREAM, MASK_STREAM, stream_seed
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of one step, drawn at the end of the step before.
+
+    Attributes:
+        own_KU: (K, U) bool on the device, of this rank.
+        drawn: the masks of all ranks in their order, the same on each of them; `own_KU` itself where ranks share masks.
+        on_host: a copy of `own_KU`, on its way.
+        arrived: when that copy is complete; None if it is already.
+    """
+
+    own_KU: Tensor
+    drawn: Tensor
+    on_host: Tensor
+    arrived: torch.cuda.Event | None
+
+    @property
+    def shared(self) -> bool:
+        """Whether all ranks have the same masks."""
+        return self.drawn is self.own_KU
+
+    def plans(self, network: SparseNetwork) -> list[Plan]:
+        """The channels that each mask leaves, with the layer guard applied. Waits for the device."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return [network.plan(mask_U) for mask_U in self.on_host.numpy()]
+
+
+@dataclass
+class Search:
+    """What the search of scores reads and changes in every step.
+
+    Attributes:
+        generator: of the masks, on the device of the scores.
+        masks: of the next step; None for a method that draws none.
+        estimator: of the score gradient; None for a method that needs none.
+        gate_reader: for an estimator that learns from gates.
+    """
+
+    network: SparseNetwork
+    budget: Budget
+    weight_optimizer: torch.optim.Optimizer
+    score_optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    masks: Masks | None = None
+    estimator: Estimator | None = None
+    gate_reader: GateReader | None = None
 
 
 @dataclass
@@ -44,22 +86,26 @@ class RunState:
 
     Attributes:
         phase: "search", "finetune", "done"; of methods without a search "dense" or "train" instead of the first two.
+        plan: what ordinary steps train: the channels of the fixed subnet, or of the whole network.
+        subnet: the fixed subnet that is trained; None during a search and for a dense network.
         epoch: finished epochs of all phases.
         step: finished steps of the epoch under way.
-        subnet: the fixed subnet that is trained; None during a search and for a dense network.
         sums, epoch_cost, epoch_seconds: training metrics, arithmetic and time of the epoch under way.
         train_seconds: time of the training steps of all finished epochs.
         seconds: time of everything else (choosing, evaluating).
         choice: how the candidates did when the subnet was chosen.
+        history: one row for every finished epoch, the content of results.csv.
     """
 
     network: SparseNetwork
+    budget: Budget
     weight_optimizer: torch.optim.Optimizer
-    search: SearchState | None
     phase: str
+    plan: Plan
+    search: Search | None = None
+    subnet: Subnet | None = None
     epoch: int = 0
     step: int = 0
-    subnet: Subnet | None = None
     best: Best | None = None
     sums: MetricSums = field(default_factory=MetricSums)
     epoch_cost: CostLedger = field(default_factory=CostLedger)
@@ -68,35 +114,26 @@ class RunState:
     train_seconds: float = 0.0
     seconds: float = 0.0
     choice: dict[str, float] = field(default_factory=dict)
-    _fixed: tuple[tuple[Subnet, object], Plan] | None = None  # the last fixed plan, and what it was made from
+    history: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def fixed_plan(self) -> Plan:
-        """What ordinary steps train: the fixed subnet, else the whole network."""
-        if self.subnet is None:
-            return self.network.dense_plan
-        made_from = self.subnet, self.network.stored
-        if self._fixed is None or any(one is not other for one, other in zip(self._fixed[0], made_from, strict=True)):
-            self._fixed = made_from, self.network.plan(self.subnet.mask_U)
-        return self._fixed[1]
+    def batch_size(self, config: Config) -> int:
+        """Images of a step of the current phase."""
+        return config.finetune.finetune_batch_size if self.phase == "finetune" else config.train.batch_size
 
-    def start_finetuning(self, config: Config, subnet: Subnet) -> None:
-        """Fixes the subnet: its batch-norm statistics become the network's, its weights get a fresh optimizer."""
-        self.phase, self.subnet, self.search = "finetune", subnet, None
-        for name, norm in self.network.batch_norms().items():
-            norm.running_mean.copy_(subnet.statistics[name][0])
-            norm.running_var.copy_(subnet.statistics[name][1])
-        self.weight_optimizer = make_weight_optimizer(self.network, config, config.finetune.finetune_lr)
+    def num_epochs(self, config: Config) -> int:
+        """Finished epochs at the end of the current phase."""
+        return config.train.epochs if self.phase == "search" else config.total_epochs
 
     def replicated(self) -> dict[str, Tensor]:
         """What is the same on all ranks, by name: weights, statistics, scores, state of the optimizers, masks."""
         tensors, optimizers = dict(self.network.model.state_dict()), [self.weight_optimizer]
         if self.search is not None:
             optimizers.append(self.search.score_optimizer)
-            if self.search.draw is not None:
-                tensors["masks"] = self.search.draw.drawn
-            if self.search.memory is not None:
-                tensors |= {f"{key} of the estimator": value for key, value in vars(self.search.memory).items()}
+            if self.search.masks is not None:
+                tensors["masks"] = self.search.masks.drawn
+            if self.search.estimator is not None:
+                remembered = self.search.estimator.state_dict()
+                tensors |= {f"{key} of the estimator": value for key, value in remembered.items()}
         for optimizer in optimizers:
             for number, state in optimizer.state_dict()["state"].items():
                 named = {f"{key} {number} of {type(optimizer).__name__}": value for key, value in state.items()}
@@ -114,10 +151,19 @@ class RunState:
             "stored_units": torch.from_numpy(self.network.stored_units),
         }
 
+    def best_state(self, config: Config, fingerprint: str) -> dict[str, Any]:
+        """The content of best.pt: the weights of now with the subnet that they are best with."""
+        return {
+            **self.model_state(config, fingerprint),
+            "subnet": self.best.subnet.state_dict(),
+            "heldout": self.best.heldout,
+            "test": self.best.test,
+        }
+
     def state_dict(self, config: Config, fingerprint: str) -> dict[str, Any]:
-        """Everything: a run restored from it goes on as if it had never stopped."""
-        state = self.model_state(config, fingerprint)
-        state |= {
+        """Everything. A run restored from it goes on as if it had never stopped."""
+        return {
+            **self.model_state(config, fingerprint),
             "step": self.step,
             "weight_optimizer": self.weight_optimizer.state_dict(),
             "subnet": self.subnet and self.subnet.state_dict(),
@@ -127,159 +173,15 @@ class RunState:
             "ledger": self.ledger.state_dict(),
             "clocks": [self.epoch_seconds, self.train_seconds, self.seconds],
             "choice": self.choice,
-            "search": None,
+            "history": self.history,
+            "search": None if self.search is None else _search_state(self.search),
         }
-        if self.search is not None:
-            state["search"] = {
-                "score_optimizer": self.search.score_optimizer.state_dict(),
-                "generators": generator_states(self.search_generators()),
-                "masks": self.search.draw and self.search.draw.drawn,
-                "memory": self.search.memory and dict(vars(self.search.memory)),
-            }
-        return state
-
-    def search_generators(self) -> dict[str, torch.Generator]:
-        named = {"masks": self.search.generator, "coin": self.search.coin, "gauge": self.search.gauge}
-        return {name: generator for name, generator in named.items() if generator is not None}
-
-    def load_state_dict(self, state: dict[str, Any], config: Config) -> None:
-        device = self.network.device
-        load_model_state(self.network, state)
-        self.phase, self.epoch, self.step = state["phase"], state["epoch"], state["step"]
-        if state["subnet"] is not None:
-            self.subnet = Subnet.from_state_dict(state["subnet"], device)
-        if state["best"] is not None:
-            best = {**state["best"], "subnet": Subnet.from_state_dict(state["best"]["subnet"], device)}
-            self.best = Best(**best)
-        if self.phase == "finetune":
-            self.weight_optimizer = make_weight_optimizer(self.network, config, config.finetune.finetune_lr)
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.sums.load_state_dict(state["sums"], device)
-        self.epoch_cost = CostLedger(**state["epoch_cost"])
-        self.ledger = CostLedger(**state["ledger"])
-        self.epoch_seconds, self.train_seconds, self.seconds = state["clocks"]
-        self.choice = state["choice"]
-        if state["search"] is None:
-            self.search = None
-            return
-        search = state["search"]
-        self.search.score_optimizer.load_state_dict(search["score_optimizer"])
-        restore_generators(self.search_generators(), search["generators"])
-        if self.search.memory is not None:
-            memory = {key: value.to(device) for key, value in search["memory"].items()}
-            self.search.memory = type(self.search.memory)(**memory)
-        if self.search.draw is None:
-            return
-        count, drawing, sample = how_to_draw(config.sparsity)
-        if len(search["masks"]) == drawing * count:
-            self.search.draw = stored_draw(self.network, search["masks"].to(device), count)
-        else:  # each rank drew masks of its own, and now there are more ranks or fewer
-            self.search.draw = draw_masks(self.network, self.search.generator, count, drawing, sample)
 
 
-def load_model_state(network: SparseNetwork, state: dict[str, Any]) -> None:
-    """Weights and scores of a checkpoint, into a fresh network that is first cut down as the stored one was."""
-    store_only(network, state["stored_units"].numpy())
-    network.model.load_state_dict(state["model"])
-
-
-def make_weight_optimizer(network: SparseNetwork, config: Config, learning_rate: float) -> FusedSGD:
-    return FusedSGD(
-        network.weight_parameters(),
-        lr=learning_rate,
-        momentum=config.train.momentum,
-        weight_decay=config.train.weight_decay,
-        nesterov=config.train.nesterov,
-    )
-
-
-def make_score_optimizer(network: SparseNetwork, config: Config) -> torch.optim.Optimizer:
-    if config.train.optimizer == "adam":
-        return torch.optim.Adam([network.scores], lr=config.train.score_lr)
-    return torch.optim.SGD([network.scores], lr=config.train.score_lr, momentum=config.train.momentum)
-
-
-def make_network(config: Config, data: DataSplits, device: torch.device) -> SparseNetwork:
-    """The network with its first weights, which depend on the seed alone."""
-    torch.manual_seed(config.run.seed)
-    model = build_model(config.model, config.sparsity.score_init, data.num_classes, data.channels, data.image_size)
-    if config.model.pretrained is not None:
-        load_pretrained(model, config.model.pretrained)
-    model = model.to(device, memory_format=torch.channels_last)
-    image_shape = (data.channels, data.image_size, data.image_size)
-    try:
-        sparsity = config.sparsity
-        return SparseNetwork(model, image_shape, sparsity.execution, sparsity.semantics, sparsity.stream)
-    except ValueError as error:  # such as a pooling that has nothing left to read
-        raise UserError(
-            f"{config.model.arch} does not fit images of {data.image_size}x{data.image_size} pixels ({error}); "
-            "use larger images (--image-size) or another arch"
-        ) from error
-
-
-def start_within_budget(network: SparseNetwork, config: Config) -> None:
-    """Sets the first scores where they depend on the network: a budget of params or flops.
-
-    Raises: UserError for a budget that no subnet meets, or first scores that exceed it.
-    """
-    check_budget(network, config)
-    sparsity = config.sparsity
-    cost = network.expected_cost(sparsity.budget)
-    budget = sparsity.keep_ratio * cost.dense
-    if sparsity.budget_schedule == "cubic":  # starts with a budget of everything
-        return
-    largest = constant_score(cost, budget)
-    if sparsity.score_init_constant is None:
-        network.scores.data.fill_(largest)
-    elif sparsity.score_init_constant > largest:
-        raise UserError(
-            f"score_init_constant {sparsity.score_init_constant:g} would overspend the budget, keep_ratio "
-            f"{sparsity.keep_ratio:g} of the {sparsity.budget}; pass --score-init-constant {0.999 * largest:.4g} or "
-            "less, leave it out, or pass --budget-schedule cubic"
-        )
-
-
-def new_run(config: Config, data: DataSplits, device: torch.device) -> RunState:
-    """A run before its first step."""
-    network = make_network(config, data, device)
-    method = method_of(config)
-    first_mask_U = method.start(network, config)
-    run = RunState(
-        network,
-        make_weight_optimizer(network, config, config.train.weight_lr),
-        search=None,
-        phase=method.first_phase,
-        subnet=None if first_mask_U is None else Subnet(first_mask_U, statistics={}),
-    )
-    if method.has_scores:
-        run.search = new_search(run, config)
-    return run
-
-
-def new_search(run: RunState, config: Config) -> SearchState:
-    """Scores with their optimizer and random streams, and the first draw."""
-    network, method = run.network, method_of(config)
-
-    def generator(stream: int) -> torch.Generator:
-        return torch.Generator(network.device).manual_seed(stream_seed(config.run.seed, stream))
-
-    if config.sparsity.budget != "channels":
-        start_within_budget(network, config)
-    gate_reader = GateReader(network) if estimator_of(config.sparsity).reads_gates else None
-    if config.sparsity.estimator == "taylor" and not gate_reader.readable_U.all():
-        raise UserError(
-            f"estimator taylor cannot judge {int((~gate_reader.readable_U).sum())} of {network.num_units} units of "
-            f"{config.model.arch}: no batch-norm of their own is behind them; pass another --estimator or --arch"
-        )
-    masks = generator(MASK_STREAM)
-    return SearchState(
-        network=network,
-        weight_optimizer=run.weight_optimizer,
-        score_optimizer=make_score_optimizer(network, config),
-        generator=masks,
-        draw=draw_masks(network, masks, *how_to_draw(config.sparsity)) if method.draws_masks else None,
-        coin=generator(COIN_STREAM) if method.tosses else None,
-        gauge=generator(GAUGE_STREAM) if config.sparsity.gauge_every else None,
-        memory=first_memory(network.scores, config.sparsity) if method.draws_masks else None,
-        gate_reader=gate_reader,
-    )
+def _search_state(search: Search) -> dict[str, Any]:
+    return {
+        "score_optimizer": search.score_optimizer.state_dict(),
+        "generator": search.generator.get_state(),
+        "masks": search.masks and search.masks.drawn,
+        "estimator": search.estimator and search.estimator.state_dict(),
+    }

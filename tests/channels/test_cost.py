@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from trainers.methods.policy_gradient import drawn_mask, top_scored_mask
 
 from args import parse_args
 from data import DataSplits
@@ -20,7 +21,6 @@ from tests.toy import (
     NETWORKS,
     one_thread,  # noqa: F401
 )
-from trainers.methods.policy_gradient import drawn_mask, top_scored_mask
 from trainers.recipe import Recipe
 from trainers.session import load_data
 from trainers.state import new_run

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from trainers.retirement import retire
 
 import trainers.recipe
 from args import Config
@@ -41,7 +42,6 @@ from trainers.default import (
     weight_step,
 )
 from trainers.methods import METHODS
-from trainers.retirement import retire
 from utils.channels.network import SparseNetwork
 from utils.channels.norms import GateReader
 from utils.errors import RankError

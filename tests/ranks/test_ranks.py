@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from utils.algorithm.estimator import subbatch_gradient, vrpge_gradient
 
 import trainers.devices
 import trainers.session
@@ -27,7 +28,6 @@ from tests.toy import batch, config, one_thread  # noqa: F401
 from tests.trainers.test_main import TINY, tiny_images  # noqa: F401
 from trainers.default import StepSettings, project_scores_, weight_step
 from trainers.devices import check_ranks, find_device
-from utils.algorithm.estimator import subbatch_gradient, vrpge_gradient
 from utils.algorithm.estimators import ESTIMATORS
 from utils.algorithm.masks import sample_masks
 from utils.channels.network import SparseNetwork

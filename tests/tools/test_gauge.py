@@ -18,6 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from trainers.retirement import retire
+from utils.algorithm.estimator import vrpge_gradient
 
 import args
 from args import config_from_dict, parse_args
@@ -44,10 +46,8 @@ from tools.gauge_figures import Measured, jackknife, measure
 from tools.gauge_passes import NetworkBatch, kind_of
 from trainers.default import StepSettings, draw_masks, how_to_draw, train_step
 from trainers.methods import method_of
-from trainers.retirement import retire
 from trainers.session import load_data
 from trainers.state import RunState, new_run
-from utils.algorithm.estimator import vrpge_gradient
 from utils.algorithm.estimators import ESTIMATORS, BaselineMemory, Estimator, GateMemory, Gates, LinearMemory
 from utils.algorithm.masks import sample_masks
 from utils.errors import UserError

@@ -228,6 +228,9 @@ def test_wrong_labels_on_all_test_images_change_nothing_but_the_test_columns(ima
                 state.pop(key, None)
             if "best" in state:
                 state["best"].pop("test")
+            for row in state.get("history", ()):
+                for column in [name for name in row if "test" in name or name == "epoch_seconds"]:
+                    row.pop(column)
         assert differences(*states) == []
     for key in ("best_epoch", "heldout_top1", "choice", "units_kept", "train_flops_ratio"):
         assert right.summary[key] == wrong.summary[key]

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from args import Config
 from tests.toy import (
     NETWORKS,
     REFERENCES,
@@ -26,23 +25,24 @@ from tests.toy import (
     flat_mask,
     one_thread,  # noqa: F401
     plain_net,
+    search_of,
     sparse_network,
 )
-from trainers.default import Draw, SearchState, StepSettings, evaluate, train_step
-from trainers.methods import METHODS
-from trainers.methods.policy_gradient import drawn_mask, top_scored_mask
+from trainers.default import StepSettings, evaluate, train_step
+from trainers.methods.vrpge import PolicyGradient, drawn_mask
+from trainers.state import RunState, Search
+from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
 from utils.channels.subnet import Subnet, best_within_budget, estimate_statistics, installed
 
 LAYERS = ReleasedNet.LAYERS
-CONFIG = config().train
 
 
 def batches(count: int = 3, size: int = 6) -> list[tuple[Tensor, Tensor]]:
     return [batch(size, seed) for seed in range(count)]
 
 
-def everything(state: SearchState) -> dict[str, object]:
+def everything(state: Search) -> dict[str, object]:
     """A copy of every tensor, mode, attribute and generator that could move."""
     network = state.network
     tensors = {
@@ -52,7 +52,7 @@ def everything(state: SearchState) -> dict[str, object]:
         "score gradient": network.scores.grad,
         "generator": state.generator.get_state(),
         "global generator": torch.get_rng_state(),
-        "masks": state.draw.masks_KU,
+        "masks": state.masks.own_KU,
     }
     for kind, optimizer in (("weights", state.weight_optimizer), ("scores", state.score_optimizer)):
         for i, values in optimizer.state_dict()["state"].items():
@@ -89,22 +89,16 @@ def assert_untouched(before: dict, after: dict) -> None:
 
 
 @pytest.fixture(params=["compact", "masked"])
-def state(request) -> SearchState:
+def state(request) -> Search:
     return search_in_the_middle(request.param)
 
 
-def search_in_the_middle(execution: str) -> SearchState:
+def search_in_the_middle(execution: str) -> Search:
     """Momentum, gradients and statistics are there."""
     network = sparse_network(plain_net("released"), LAYERS, execution)
     network.model.train()
     masks = [flat_mask(LAYERS, {}, seed) for seed in (1, 2)]
-    state = SearchState(
-        network,
-        torch.optim.SGD(network.weight_parameters(), lr=0.01, momentum=0.9),
-        torch.optim.Adam([network.scores], lr=0.01),
-        torch.Generator().manual_seed(0),
-        Draw(torch.from_numpy(np.stack(masks)), [network.plan(mask) for mask in masks]),
-    )
+    state = search_of(network, config(), masks_KU=torch.from_numpy(np.stack(masks)))
     for number in range(2):
         train_step(state, *batch(seed=number), StepSettings(0.01, 0.01, 0.5), config())
     return state
@@ -119,17 +113,17 @@ MASK = flat_mask(LAYERS, {"layer1.0.conv2": ()}, seed=6)
 
 
 def run_evaluate(network: SparseNetwork, data) -> object:
-    return evaluate(network, network.plan(MASK), data, CONFIG)
+    return evaluate(network, network.plan(MASK), data)
 
 
 def run_estimate(network: SparseNetwork, data) -> object:
-    return estimate_statistics(network, MASK, data, CONFIG)
+    return estimate_statistics(network, MASK, data)
 
 
 def run_installed(network: SparseNetwork, data) -> object:
     statistics = {name: (norm.running_mean + 1, norm.running_var * 2) for name, norm in network.batch_norms().items()}
     with installed(network, Subnet(MASK, statistics)):
-        return evaluate(network, network.plan(MASK), data, CONFIG)
+        return evaluate(network, network.plan(MASK), data)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -164,7 +158,7 @@ def test_training_goes_on_as_if_nothing_had_been_evaluated(state):
     for run in (run_evaluate, run_estimate, run_installed):
         run(state.network, batches())
     for each in (state, other):
-        train_step(each, *batch(seed=9), StepSettings(0.01, 0.01, 0.5), config(weight_samples=1))
+        train_step(each, *batch(seed=9), StepSettings(0.01, 0.01, 0.5), config())
     for name, tensor in state.network.model.state_dict().items():
         assert torch.equal(tensor, other.network.model.state_dict()[name]), name
 
@@ -181,7 +175,7 @@ def test_evaluate_is_the_mean_over_images_in_eval_mode(kind, execution):
     network = sparse_network(net, layers, execution)
     network.model.train()
     data = [batch(5, 1), batch(2, 2), batch(1, 3)]
-    result = evaluate(network, network.plan(mask_U), data, CONFIG)
+    result = evaluate(network, network.plan(mask_U), data)
 
     run = Reference(net.eval(), by_layer(layers, mask_U, torch.float64), {})
     logits = torch.cat([REFERENCES[kind](run, images) for images, _ in data])
@@ -195,7 +189,7 @@ def test_evaluate_is_the_mean_over_images_in_eval_mode(kind, execution):
 
 def test_evaluate_of_nothing_is_nothing():
     network = sparse_network(plain_net("plain"), NETWORKS["plain"].LAYERS)
-    assert evaluate(network, network.dense_plan, [], CONFIG) == {}
+    assert evaluate(network, network.dense_plan, []) == {}
 
 
 @pytest.mark.parametrize("execution", ["compact", "masked"])
@@ -206,7 +200,7 @@ def test_statistics_are_plain_averages_over_the_batches(execution):
     network = sparse_network(net, LAYERS, execution)
     before = copy.deepcopy(network.model.state_dict())
     data = batches(4)
-    subnet = estimate_statistics(network, mask_U, data, CONFIG)
+    subnet = estimate_statistics(network, mask_U, data)
 
     maps = [net.conv1(images).detach() for images, _ in data]
     mean, var = subnet.statistics["bn"]
@@ -233,7 +227,7 @@ def test_statistics_of_every_layer_against_the_reference(kind):
         REFERENCES[kind](run, images)
         seen.append(run.statistics)
     for execution in ("compact", "masked"):
-        subnet = estimate_statistics(sparse_network(net, layers, execution), mask_U, batches(), CONFIG)
+        subnet = estimate_statistics(sparse_network(net, layers, execution), mask_U, batches())
         assert subnet.statistics.keys() == seen[0].keys()
         for name, pair in subnet.statistics.items():
             for which, tensor in enumerate(pair):
@@ -245,7 +239,7 @@ def test_a_subnet_keeps_the_mask_that_was_run():
     """With the guard applied: plan(mask of the subnet) is then the same whatever becomes of the scores."""
     network = sparse_network(plain_net("released"), LAYERS)
     network.scores.copy_(torch.linspace(0.9, 0.1, 54))
-    subnet = estimate_statistics(network, np.zeros(54, dtype=bool), batches(1), CONFIG)
+    subnet = estimate_statistics(network, np.zeros(54, dtype=bool), batches(1))
     assert np.flatnonzero(subnet.mask_U).tolist() == [0, 30]
     network.scores.copy_(torch.linspace(0.1, 0.9, 54))
     assert np.array_equal(network.plan(subnet.mask_U).mask_U, subnet.mask_U)
@@ -255,10 +249,10 @@ def test_a_subnet_keeps_the_mask_that_was_run():
 def test_installed_statistics_are_the_ones_used(execution):
     net = plain_net("released")
     network = sparse_network(net, LAYERS, execution)
-    subnet = estimate_statistics(network, MASK, batches(), CONFIG)
-    own = evaluate(network, network.plan(MASK), batches(), CONFIG)
+    subnet = estimate_statistics(network, MASK, batches())
+    own = evaluate(network, network.plan(MASK), batches())
     with installed(network, subnet):
-        lent = evaluate(network, network.plan(MASK), batches(), CONFIG)
+        lent = evaluate(network, network.plan(MASK), batches())
     reference = copy.deepcopy(net).eval()
     for name, (mean, var) in subnet.statistics.items():
         reference.get_submodule(name).running_mean.copy_(mean)
@@ -271,7 +265,7 @@ def test_installed_statistics_are_the_ones_used(execution):
 
 def test_a_subnet_is_not_changed_by_training_while_it_is_put_away():
     network = sparse_network(plain_net("released"), LAYERS)
-    subnet = estimate_statistics(network, MASK, batches(), CONFIG)
+    subnet = estimate_statistics(network, MASK, batches())
     before = copy.deepcopy(subnet.statistics)
     network.model.train()
     network(batch()[0], network.dense_plan)
@@ -281,22 +275,22 @@ def test_a_subnet_is_not_changed_by_training_while_it_is_put_away():
 
 def test_a_subnet_survives_its_state_dict(tmp_path):
     network = sparse_network(plain_net("released"), LAYERS)
-    subnet = estimate_statistics(network, MASK, batches(), CONFIG)
+    subnet = estimate_statistics(network, MASK, batches())
     torch.save(subnet.state_dict(), tmp_path / "subnet.pt")
     loaded = Subnet.from_state_dict(torch.load(tmp_path / "subnet.pt", weights_only=True), torch.device("cpu"))
     assert loaded.mask_U.dtype == np.bool_
     assert np.array_equal(loaded.mask_U, subnet.mask_U)
     with installed(network, loaded):
-        again = evaluate(network, network.plan(loaded.mask_U), batches(), CONFIG)
+        again = evaluate(network, network.plan(loaded.mask_U), batches())
     with installed(network, subnet):
-        assert evaluate(network, network.plan(subnet.mask_U), batches(), CONFIG) == again
+        assert evaluate(network, network.plan(subnet.mask_U), batches()) == again
 
 
 def test_bfloat16_statistics_are_kept_in_float32():
-    network = sparse_network(plain_net("released", dtype=torch.float32), LAYERS)
+    net = plain_net("released", dtype=torch.float32)
     data = [batch(16, seed, torch.float32) for seed in range(3)]
-    exact = estimate_statistics(network, MASK, data, CONFIG)
-    rounded = estimate_statistics(network, MASK, data, config(precision="bf16").train)
+    exact = estimate_statistics(sparse_network(net, LAYERS), MASK, data)
+    rounded = estimate_statistics(sparse_network(net, LAYERS, precision="bf16"), MASK, data)
     for name, pair in rounded.statistics.items():
         for mine, its in zip(pair, exact.statistics[name], strict=True):
             assert mine.dtype == torch.float32
@@ -308,25 +302,25 @@ def test_bfloat16_statistics_are_kept_in_float32():
 # --- choosing a mask ------------------------------------------------------------------------------------------------
 
 
-def scored(*layers: np.ndarray) -> tuple[SimpleNamespace, Config]:
-    """As much of a network with these scores as choosing a mask reads, and a config with a budget for each layer."""
+def scored(*layers: np.ndarray, by_layer: bool = True) -> RunState:
+    """A run of which no more than scores and budget exist, with a budget for each layer and no layer guard."""
     ends = np.cumsum([len(part) for part in layers])
     groups = [slice(end - len(part), end) for end, part in zip(ends, layers, strict=True)]
     network = SimpleNamespace(
         scores=torch.nn.Parameter(torch.from_numpy(np.concatenate(layers)), requires_grad=False),
         num_units=int(ends[-1]),
         unit_groups=lambda: groups,
-        semantics="released",  # no layer guard
+        vital_groups=[],
     )
-    return network, config(constrain_by_layer=True)
+    return RunState(network, Budget(network, by_layer=by_layer), None, "search", None)
 
 
-def best_of(layers: list[np.ndarray], fraction: float) -> np.ndarray:
-    return top_scored_mask(*scored(*layers), fraction)
+def best_of(layers: list[np.ndarray], fraction: float, by_layer: bool = True) -> np.ndarray:
+    return PolicyGradient(config()).mask(scored(*layers, by_layer=by_layer), fraction)
 
 
 def draw_of(layers: list[np.ndarray], fraction: float, generator: np.random.Generator) -> np.ndarray:
-    return drawn_mask(*scored(*layers), fraction, generator)
+    return drawn_mask(scored(*layers), fraction, generator)
 
 
 def test_a_vital_layer_keeps_its_best_unit_inside_the_budget():
@@ -384,7 +378,7 @@ def test_drawn_masks_obey_scores_and_budget():
 def test_drawn_masks_have_the_frequencies_of_the_scores():
     scores = np.array([0.1, 0.5, 0.9])
     generator, made_once = np.random.default_rng(1), scored(scores)
-    frequency = np.mean([drawn_mask(*made_once, 1.0, generator) for _ in range(10_000)], axis=0)
+    frequency = np.mean([drawn_mask(made_once, 1.0, generator) for _ in range(10_000)], axis=0)
     assert np.abs(frequency - scores).max() < 5 * 0.5 / 100
 
 
@@ -398,22 +392,21 @@ def test_the_generator_decides_a_draw():
 
 
 def test_one_budget_for_all_layers_unless_each_is_to_have_its_own():
-    network, options = scored(np.array([0.9, 0.8, 0.7, 0.6]), np.array([0.1, 0.2]))
-    whole = replace(options, sparsity=replace(options.sparsity, constrain_by_layer=False))
-    assert top_scored_mask(network, whole, 0.5).tolist() == [True, True, True, False, False, False]
-    assert top_scored_mask(network, options, 0.5).tolist() == [True, True, False, False, False, True]
+    layers = [np.array([0.9, 0.8, 0.7, 0.6]), np.array([0.1, 0.2])]
+    assert best_of(layers, 0.5, by_layer=False).tolist() == [True, True, True, False, False, False]
+    assert best_of(layers, 0.5).tolist() == [True, True, False, False, False, True]
 
 
 def test_candidates_are_the_top_scored_mask_and_draws_that_only_the_seed_decides():
-    network, options = scored(np.linspace(0.05, 0.95, 40))
+    run, options = scored(np.linspace(0.05, 0.95, 40)), config()
 
     def candidates(seed: int, count: int = 4) -> list[np.ndarray]:
-        run = replace(options.run, seed=seed)
+        seeded = replace(options.run, seed=seed)
         finetune = replace(options.finetune, num_subnets=count)
-        return METHODS["vrpge"].candidates(network, replace(options, run=run, finetune=finetune))
+        return PolicyGradient(replace(options, run=seeded, finetune=finetune)).candidates(run)
 
     first, *drawn = candidates(0)
-    assert np.array_equal(first, top_scored_mask(network, options, options.sparsity.keep_ratio))
+    assert np.array_equal(first, PolicyGradient(options).mask(run, options.sparsity.keep_ratio))
     assert len(drawn) == 4
     assert len(np.unique(drawn, axis=0)) == 4
     assert all(mask.sum() <= options.sparsity.keep_ratio * 40 for mask in drawn)

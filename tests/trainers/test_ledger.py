@@ -14,7 +14,8 @@ CASES = {
     "gumbel": {"method": "gumbel", "finetune": False},
     "vrpge": {"budget_schedule": "cubic"},  # the first two masks keep everything: one of them is not run
     "rarely": {"score_every": 3, "K": 3, "sample_from_training_set": True},
-    "masked": {"execution": "masked", "K": 3, "weight_samples": 2, "test_every": 0, "finetune": False},
+    "masked": {"execution": "masked", "K": 3, "test_every": 0, "finetune": False},
+    "released": {"method": "released", "K": 3, "finetune": False},
 }
 
 
@@ -83,7 +84,7 @@ def test_every_row_tells_what_was_run_up_to_then(runs, dense_macs, name):
         assert float(row["forward_flops_ratio_mean"]) == pytest.approx(sum(forward) / len(forward), rel=1e-12)
         subnet = next(event for event in events[last_step:] if isinstance(event, Pass) and event.kind == "evaluation")
         shown = subnet.live_macs / len(subnet.images) / dense_macs
-        assert name == "masked" or float(row["subnet_flops_ratio"]) == pytest.approx(shown, rel=1e-12)
+        assert name in ("masked", "released") or float(row["subnet_flops_ratio"]) == pytest.approx(shown, rel=1e-12)
 
 
 def test_what_the_cases_are_made_for_did_happen(runs):
@@ -102,14 +103,15 @@ def test_what_the_cases_are_made_for_did_happen(runs):
     assert passes_of_steps("vrpge")[0] == "g"
     assert passes_of_steps("vrpge")[-1] == "gf"
     assert passes_of_steps("rarely") == ["gff" if step % 3 == 0 else "g" for step in range(SEARCH * STEPS)]
-    assert set(passes_of_steps("masked")) == {"ggf"}
+    assert set(passes_of_steps("masked")) == {"gff"}
+    assert set(passes_of_steps("released")) == {"ggg"}
     assert set(passes_of_steps("gumbel")) == {"g"}
     for name in CASES:
         done = runs[name]
         tested = sum(len(p.images) for p in done.record.passes() if p.is_test)
         assert tested % TEST == 0
         assert tested > 0
-        assert name in ("dense", "gumbel", "masked") or done.summary["train_flops_ratio"] < 1.2
+        assert name in ("dense", "gumbel", "masked", "released") or done.summary["train_flops_ratio"] < 1.2
     padded, plain = (runs["thin"].summary[key] for key in ("train_flops_ratio_padded", "train_flops_ratio"))
     assert padded > 1.5 * plain
 

@@ -14,10 +14,11 @@ import trainers.default
 import trainers.methods.gumbel
 from args import parse_args
 from data import build_data
-from models import build_model
+from models import build_model, maskable_convs
 from tests.tiny import BATCH, FINETUNE_BATCH, FINETUNE_STEPS, STEPS, Run, Step, make_images, run, scores_of
 from trainers.methods.uniform import layers_by_stream, uniform_mask
 from utils.channels.network import SparseNetwork
+from utils.conv_type import sparsify
 
 SEARCH, FINETUNE = 3, 2  # epochs
 CASES = {  # name -> what differs from the tiny configuration
@@ -266,8 +267,9 @@ def test_the_temperature_of_gumbel_falls_over_the_search(images, tmp_path, monke
 
 def test_scores_move_every_so_many_steps_of_the_run_not_of_the_epoch(images, tmp_path):
     done = run(tmp_path, images, "--no-finetune", score_every=3)
-    moved = [step.grads[0] is not None for step in done.record.steps("scores")]
-    assert moved == [step % 3 == 0 for step in range(2 * STEPS)]
+    kinds = [step.kind for step in done.record.of(Step) if step.grads[0] is not None]
+    expected = [["scores", "weights"] if step % 3 == 0 else ["weights"] for step in range(2 * STEPS)]
+    assert kinds == [kind for step in expected for kind in step]
 
 
 # ---- what methods do to the network ----
@@ -287,7 +289,9 @@ def test_soft_pruning_zeroes_the_weakest_filters_after_every_epoch(images, tmp_p
 def test_a_thin_network_has_no_room_for_one_more_channel_where_it_was_rounded_down(unit, ratio):
     options = ["--arch", "resnet20_he", "--method", "thin", "--budget", unit, "--keep-ratio", str(ratio)]
     config = parse_args(options).config
-    network = SparseNetwork(build_model(config.model, 0.5, 10, 3, 8), (3, 8, 8))
+    model = build_model(config.model.arch, 10, 3, 8)
+    names = maskable_convs(model, first_layer_dense=False, last_layer_dense=False)
+    network = SparseNetwork(sparsify(model, names), (3, 8, 8))
     mask_U = uniform_mask(network, np.zeros(network.num_units), config)
     streams = layers_by_stream(network)
     widths = [layers[0].stop - layers[0].start for layers in streams]

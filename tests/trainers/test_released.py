@@ -1,4 +1,4 @@
-"""`semantics: released` reproduces one iteration of the released code, number by number.
+"""`--method released` reproduces one iteration of the released code, number by number.
 
 `released_step.npz` was recorded from the released code itself (float64): a tiny network of its own layers, K = 2,
 kept fraction 0.4. The masks were drawn there, so they are injected here. Not compared: `num_batches_tracked`, which
@@ -15,12 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.toy import ReleasedNet, config, one_thread, sparse_network  # noqa: F401
-from trainers import default
-from trainers.default import Draw, SearchState, StepSettings, train_step
+from tests.toy import ReleasedNet, config, one_thread, search_of, sparse_network  # noqa: F401
+from trainers.default import StepSettings
+from trainers.methods.released import Released
+from trainers.state import RunState, Search
+from utils.channels import budget
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-13}
-KEPT_FRACTION = 0.4
+KEEP_RATIO = 0.4
 LAYERS = list(ReleasedNet.LAYERS)
 
 
@@ -39,7 +41,7 @@ def flat(recorded: dict[str, Tensor], pattern: str) -> Tensor:
 class Step:
     """What `train_step` was seen to do."""
 
-    state: SearchState
+    state: Search
     result: dict[str, Tensor]
     losses: list[Tensor]
     logits: list[Tensor]
@@ -60,23 +62,25 @@ def step(recorded) -> Step:
         if key.startswith("before/") and not key.endswith("scores")
     }
     net.load_state_dict(weights)
-    network = sparse_network(net, LAYERS, "masked", "released")
+    network = sparse_network(net, LAYERS, "released")
     network.scores.copy_(flat(recorded, "before/{}.scores"))
     masks_KU = torch.stack([flat(recorded, f"mask/{j}/{{}}") for j in range(2)]).bool()
-    state = SearchState(
+    options = config(clip_norm=3.0, label_smoothing=0.0)
+    search = search_of(
         network,
-        torch.optim.SGD(network.weight_parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4),
-        torch.optim.Adam([network.scores], lr=1.0, weight_decay=0.0),
-        torch.Generator().manual_seed(0),
-        Draw(masks_KU, [network.plan(mask) for mask in masks_KU.numpy()]),
+        options,
+        masks_KU=masks_KU,
+        weight_optimizer=torch.optim.SGD(network.weight_parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4),
+        score_optimizer=torch.optim.Adam([network.scores], lr=1.0, weight_decay=0.0),
     )
+    run = RunState(network, search.budget, search.weight_optimizer, "search", network.dense_plan, search)
     seen: dict = {"losses": [], "logits": []}
 
-    def forward_loss(*args, **kwargs):
-        loss, logits = original_forward(*args, **kwargs)
+    def cross_entropy(logits, labels, **options):
+        loss = original_cross_entropy(logits, labels, **options)
         seen["losses"].append(loss.detach())
         seen["logits"].append(logits.detach())
-        return loss, logits
+        return loss
 
     def clip(parameters, max_norm, *args, **kwargs):
         parameters = list(parameters)
@@ -92,17 +96,16 @@ def step(recorded) -> Step:
         projected, seen["v"] = original_project(scores_U, budget)
         return projected, seen["v"]
 
-    original_forward, original_clip = default.forward_loss, torch.nn.utils.clip_grad_norm_
-    original_project = default.project_onto_budget
+    original_cross_entropy, original_clip = torch.nn.functional.cross_entropy, torch.nn.utils.clip_grad_norm_
+    original_project = budget.project_onto_budget
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(default, "forward_loss", forward_loss)
+        patch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-        patch.setattr(default, "project_onto_budget", project)
+        patch.setattr(budget, "project_onto_budget", project)
         network.model.train()
-        settings = StepSettings(weight_lr=0.1, score_lr=12e-3, kept_fraction=KEPT_FRACTION)
-        options = config(weight_samples=2, clip_jointly=True, clip_norm=3.0)
-        result = train_step(state, recorded["x"], recorded["y"], settings, options)
-    return Step(state=state, result=result, **seen)
+        settings = StepSettings(weight_lr=0.1, score_lr=12e-3, keep_ratio=KEEP_RATIO)
+        result = Released(options).step(run, recorded["x"], recorded["y"], settings)
+    return Step(state=search, result=result.metrics, **seen)
 
 
 def test_the_network_has_the_released_names_and_units(recorded, step):

@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from args import Config
-from trainers.methods.base import Method, best_units, check_budget
+from trainers.methods.base import Method, check_budget
 from trainers.methods.uniform import uniform_mask
+from trainers.state import RunState
+from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
 from utils.channels.norms import NormBehind, norms_behind
 from utils.errors import UserError
 
-if TYPE_CHECKING:
-    from trainers.state import RunState
 
-
-@dataclass(frozen=True)
 class FilterNorm(Method):
     """Keeps the filters of largest norm in each layer, the same fraction everywhere.
 
     Source: Li, Kadav, Durdanovic, Samet, Graf, "Pruning Filters for Efficient ConvNets", ICLR 2017 (power 1).
     """
 
-    power: int = 1
+    power: ClassVar[int] = 1
 
-    def start(self, network: SparseNetwork, config: Config) -> None:
-        uniform_mask(network, np.zeros(network.num_units), config)  # a budget that is too small is refused now
+    def start(self, network: SparseNetwork, budget: Budget) -> None:
+        uniform_mask(network, np.zeros(network.num_units), self.config)  # a budget that is too small is refused now
 
-    def mask(self, network: SparseNetwork, config: Config, fraction: float) -> np.ndarray:
-        return uniform_mask(network, filter_norms(network, self.power).cpu().numpy(), config)
+    def mask(self, run: RunState, keep_ratio: float) -> np.ndarray:
+        return uniform_mask(run.network, filter_norms(run.network, self.power).cpu().numpy(), self.config)
 
 
-@dataclass(frozen=True)
 class SoftPruning(FilterNorm):
     """After every epoch the filters that would be pruned are set to zero, and go on being trained.
 
@@ -46,10 +41,10 @@ class SoftPruning(FilterNorm):
         IJCAI 2018.
     """
 
-    power: int = 2
+    power: ClassVar[int] = 2
 
-    def end_of_epoch(self, run: RunState, config: Config) -> None:
-        dropped_U = torch.from_numpy(~self.mask(run.network, config, config.sparsity.keep_ratio))
+    def end_of_epoch(self, run: RunState) -> None:
+        dropped_U = torch.from_numpy(~self.mask(run, self.config.sparsity.keep_ratio))
         for layer, dropped in zip(run.network.layers.values(), run.network.split(dropped_U), strict=True):
             layer.weight.data[dropped.to(layer.weight.device)] = 0
 
@@ -71,16 +66,16 @@ class Slimming(Method):
         ICCV 2017.
     """
 
-    def start(self, network: SparseNetwork, config: Config) -> None:
-        check_budget(network, config)
+    def start(self, network: SparseNetwork, budget: Budget) -> None:
+        check_budget(budget, self.config)
         judging_norms(network)
 
-    def penalty(self, config: Config) -> Callable[[SparseNetwork], None]:
-        return partial(add_scale_penalty, penalty=config.sparsity.slimming_penalty)
+    def penalty(self) -> Callable[[SparseNetwork], None]:
+        return partial(add_scale_penalty, penalty=self.config.sparsity.slimming_penalty)
 
-    def mask(self, network: SparseNetwork, config: Config, fraction: float) -> np.ndarray:
-        scales_U = batch_norm_scales(network).cpu().numpy()
-        return best_units(network, scales_U, scales_U, config.sparsity, fraction)
+    def mask(self, run: RunState, keep_ratio: float) -> np.ndarray:
+        scales_U = batch_norm_scales(run.network).cpu().numpy()
+        return run.budget.best_units(scales_U, scales_U, keep_ratio)
 
 
 def add_scale_penalty(network: SparseNetwork, penalty: float) -> None:

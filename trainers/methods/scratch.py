@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 from torch import nn
 
 from args import Config
 from models import initialise
-from trainers.methods.base import Method, best_units, check_budget
+from trainers.methods.base import Method, check_budget
 from trainers.methods.uniform import uniform_mask
+from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
-from utils.channels.shrink import store_only
+from utils.channels.shrink import shrink_to
 from utils.seeds import RANDOM_MASK_STREAM, stream_seed
 
 
 class Dense(Method):
     """The plain network."""
 
-    first_phase = "dense"
+    first_phase: ClassVar[str] = "dense"
 
 
 class Thin(Method):
     """Every layer keeps its first channels, equally many in a residual stream: an ordinary narrower network."""
 
-    first_phase = "train"
+    first_phase: ClassVar[str] = "train"
 
-    def start(self, network: SparseNetwork, config: Config) -> np.ndarray:
-        mask_U = network.plan(self.first_mask(network, config)).mask_U  # with what the layer guard adds
-        store_only(network, mask_U, keep_fallback=False)
-        draw_weights(network.model, config)
+    def start(self, network: SparseNetwork, budget: Budget) -> np.ndarray:
+        mask_U = network.plan(self.first_mask(network, budget)).mask_U  # with what the layer guard adds
+        shrink_to(network, mask_U, keep_fallback=False)
+        draw_weights(network.model, self.config)
         return mask_U
 
-    def first_mask(self, network: SparseNetwork, config: Config) -> np.ndarray:
-        return uniform_mask(network, np.zeros(network.num_units), config)
+    def first_mask(self, network: SparseNetwork, budget: Budget) -> np.ndarray:
+        return uniform_mask(network, np.zeros(network.num_units), self.config)
 
 
 class RandomMask(Thin):
     """Units chosen uniformly at random within the budget, before the first step."""
 
-    def first_mask(self, network: SparseNetwork, config: Config) -> np.ndarray:
-        check_budget(network, config)
-        random = np.random.default_rng(stream_seed(config.run.seed, RANDOM_MASK_STREAM))
+    def first_mask(self, network: SparseNetwork, budget: Budget) -> np.ndarray:
+        check_budget(budget, self.config)
+        random = np.random.default_rng(stream_seed(self.config.run.seed, RANDOM_MASK_STREAM))
         values_U = 1 - random.random(network.num_units)  # never 0, which is never kept
-        return best_units(network, values_U, values_U, config.sparsity, config.sparsity.keep_ratio)
+        return budget.best_units(values_U, values_U, self.config.sparsity.keep_ratio)
 
 
 def draw_weights(model: nn.Module, config: Config) -> None:

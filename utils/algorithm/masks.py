@@ -22,25 +22,6 @@ def sample_masks(scores_U: Tensor, generator: torch.Generator, num_masks: int = 
     return uniform < scores_U  # uniform lies in [0, 1)
 
 
-def sample_antithetic_pair(scores_U: Tensor, generator: torch.Generator, num_masks: int = 2) -> Tensor:
-    """Two Bernoulli masks from one uniform number u for each unit: m = [u < s], m' = [u >= 1 - s].
-
-    Each on its own is a draw of `sample_masks`; they differ with probability 2 min(s, 1 - s), the most there can be. A
-    score of 0 never, of 1 always.
-
-    Args:
-        scores_U: (U,) in [0, 1].
-        generator: on the device of the scores; the only source of randomness.
-    Returns: (2, U) bool.
-    Raises: ValueError unless num_masks is 2.
-    Source: DisARM (see `utils/algorithm/estimator.py`, `disarm_gradient`).
-    """
-    if num_masks != 2:
-        raise ValueError(f"antithetic masks come as a pair: num_masks must be 2, got {num_masks}")
-    uniform_U = torch.rand(scores_U.shape, generator=generator, device=scores_U.device, dtype=scores_U.dtype)
-    return torch.stack([uniform_U < scores_U, uniform_U >= 1 - scores_U])
-
-
 def keep_one_unit(mask_U: np.ndarray, scores_U: Tensor, groups: Sequence[np.ndarray]) -> np.ndarray:
     """The mask of the pass: as drawn, but every group of units in which none was kept gets its likeliest one.
 

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
+import numpy as np
 import torch
 from torch import Tensor
-
-from utils.channels.cost import ExpectedCost
 
 TOLERANCE = 1e-6  # of the budget
 SETTLED = 1e-3  # change of a score in the last round; what is left to go is far less
 FULL_ROUNDS, MAX_ROUNDS = 10, 30
+
+
+class Cost(Protocol):
+    """What scores (U,) cost on average: a function that is linear in each score and never falls in any of them.
+
+    Attributes:
+        fixed: the cost without any unit.
+    """
+
+    fixed: float
+
+    def __call__(self, scores_U: np.ndarray) -> float: ...
+
+    def with_gradient(self, scores_U: np.ndarray) -> tuple[float, np.ndarray]: ...
 
 
 def project_onto_budget(scores_U: Tensor, budget: float, weights_U: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -47,7 +62,7 @@ def project_onto_budget(scores_U: Tensor, budget: float, weights_U: Tensor | Non
     return (z_U - v * w_U).clamp(0, 1).to(scores_U.dtype), v.to(scores_U.dtype)
 
 
-def project_onto_cost(scores_U: Tensor, cost: ExpectedCost, budget: float) -> tuple[Tensor, Tensor]:
+def project_onto_cost(scores_U: Tensor, cost: Cost, budget: float) -> tuple[Tensor, Tensor]:
     """Feasible scores near the given ones: a stationary point of their distance.
 
         argmin_p ||p - z||^2  subject to  0 <= p <= 1, cost(p) <= budget
@@ -93,12 +108,12 @@ def project_onto_cost(scores_U: Tensor, cost: ExpectedCost, budget: float) -> tu
     return result_U.to(scores_U), v.to(scores_U)
 
 
-def _tangent(cost: ExpectedCost, point_U: Tensor) -> tuple[float, Tensor]:
+def _tangent(cost: Cost, point_U: Tensor) -> tuple[float, Tensor]:
     value, slope_U = cost.with_gradient(point_U.numpy())
     return value, torch.from_numpy(slope_U)
 
 
-def _between(boxed_U: Tensor, result_U: Tensor, cost: ExpectedCost, budget: float) -> Tensor:
+def _between(boxed_U: Tensor, result_U: Tensor, cost: Cost, budget: float) -> Tensor:
     """The point that meets the budget on the way from 0 over the result of a round to the scores in the box.
 
     The result is nowhere above those, so the cost only grows on the way.

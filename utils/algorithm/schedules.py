@@ -24,19 +24,16 @@ def learning_rate_factor(policy: str, step: int, total_steps: int, warmup_steps:
     raise ValueError(f"lr_policy must be cosine_lr, multistep_lr or constant_lr, got {policy!r}")
 
 
-def kept_fraction(
-    schedule: str, step: int, total_steps: int, keep_ratio: float, start: float = 0.0, end: float = 0.4
-) -> float:
-    """The fraction of units that the budget allows at `step`.
+def falling_keep_ratio(progress: float, keep_ratio: float, start: float = 0.0, end: float = 0.4) -> float:
+    """The budget of a schedule that falls from everything to `keep_ratio`, as a fraction of what the budget counts.
 
-    `constant`: keep_ratio throughout. `cubic`: 1 until `start`, then keep_ratio + (1 - keep_ratio) (1 - t)^3 with t
-    going from 0 at `start` to 1 at `end` (both fractions of `total_steps`), keep_ratio afterwards.
+    It is 1 until `start`, then keep_ratio + (1 - keep_ratio) (1 - t)^3 with t going from 0 at `start` to 1 at `end`,
+    and keep_ratio afterwards.
 
+    Args:
+        progress: finished fraction of the steps of the search.
+        start, end: fractions of these steps, start < end.
     Source: the cubic rule of gradual pruning (Zhu and Gupta, 2017), applied to the budget; ours.
     """
-    if schedule == "constant":
-        return keep_ratio
-    if schedule != "cubic":
-        raise ValueError(f"budget_schedule must be constant or cubic, got {schedule!r}")
-    t = (step / max(1, total_steps) - start) / (end - start)
+    t = (progress - start) / (end - start)
     return keep_ratio + (1 - keep_ratio) * (1 - min(max(t, 0.0), 1.0)) ** 3

@@ -113,13 +113,11 @@ class CompactForward:
 
     Attributes:
         gradients: of the gathered weights.
-        batch_norm: what training passes normalise with; same arguments as torch's.
     """
 
     def __init__(self, graph: ChannelGraph) -> None:
         self.graph = graph
         self.gradients = GradientBuffers()
-        self.batch_norm = F.batch_norm
         last_reader: dict[int, int] = {}
         for position, op in enumerate(graph.ops):
             for operand in op.inputs:
@@ -212,14 +210,14 @@ class CompactForward:
         # scale and shift of padding are 0: whatever the statistics say, it leaves as zero
         weight, bias = (gather_vector(parameter, live, width) for parameter in (norm.weight, norm.bias))
         if norm.training and not update_statistics:
-            return self.batch_norm(x, None, None, weight, bias, training=True, eps=norm.eps)
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=norm.eps)
         mean = gather_vector(norm.running_mean, live, width)
         var = gather_vector(norm.running_var, live, width, fill=1.0)
         if not norm.training:
             return F.batch_norm(x, mean, var, weight, bias, eps=norm.eps)
         if mean is norm.running_mean:  # autograd keeps what it is given, and a second pass would change it
             mean, var = mean.clone(), var.clone()
-        y = self.batch_norm(x, mean, var, weight, bias, True, norm.momentum, norm.eps)
+        y = F.batch_norm(x, mean, var, weight, bias, True, norm.momentum, norm.eps)
         for own, moved in ((norm.running_mean, mean), (norm.running_var, var)):
             if live is None:
                 own.copy_(moved[: len(own)])

@@ -203,8 +203,8 @@ class ChannelGraph:
     Args:
         model: a network whose maskable convolutions are `VRPGE` modules; its forward takes one image tensor.
         image_shape: (channels, height, width) of an image.
-        stream: "free": every maskable layer has units of its own; "tied": layers whose results are added share theirs,
-            so that all writers of a residual stream keep the same channels.
+        residual_masks: "free": every maskable layer has units of its own; "tied": layers whose results are added share
+            theirs, so that all writers of a residual stream keep the same channels.
     Raises: ValueError naming the module or operation through which channels cannot be followed.
 
     Attributes:
@@ -215,7 +215,7 @@ class ChannelGraph:
         vital_groups: index arrays; if no unit of such a group is kept, nothing gets from input to output.
     """
 
-    def __init__(self, model: nn.Module, image_shape: tuple[int, int, int], stream: str = "free") -> None:
+    def __init__(self, model: nn.Module, image_shape: tuple[int, int, int], residual_masks: str = "free") -> None:
         for name, module in model.named_modules():
             if reason := _module_refusal(module):
                 raise _unfollowed(f"module {name} ({type(module).__name__})", reason)
@@ -229,7 +229,7 @@ class ChannelGraph:
             raise ValueError(f"the network cannot read images of shape {image_shape}: {reason}") from error
         widths = {name: conv.out_channels for name, conv in subnet_convs(model).items()}
         self._follow_all(model, graph, widths, tied_to={name: name for name in widths})
-        if stream == "tied":
+        if residual_masks == "tied":
             self._follow_all(model, graph, widths, self._writers_of_one_stream())
         if not self.spaces[self.ops[-1].space].full:
             raise ValueError("the output of the network itself would be masked; leave its last layer unmasked")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,17 +21,18 @@ class SparseNetwork:
     """Runs a network under masks.
 
     Args:
-        model: from `models.build_model`, already on its device; without `VRPGE` layers it simply runs dense.
+        model: a network on its device, made maskable by `sparsify`; without `VRPGE` layers it simply runs dense.
         image_shape: (channels, height, width).
-        execution: "compact" (kept channels only) or "masked" (all channels, multiplied by masks).
-        semantics: "unit" (a dropped unit is absent) or "released" (the mask multiplies the convolution weight only and
-            batch-norm shifts leak; masked execution only).
-        stream: "free" or "tied", see `ChannelGraph`.
+        execution: "compact" computes kept channels only. "masked" computes all channels and multiplies them by masks:
+            the readable reference with the same results. "released" is what the released code computes: the mask
+            multiplies the weight of the convolution only, so the shift of the batch-norm behind it leaks.
+        residual_masks: "free" or "tied", see `ChannelGraph`.
+        precision: "fp32", or "bf16" for autocast.
         multiple: what kept channel counts are padded to in compact execution; None: what suits the device.
 
     Attributes:
         scores: (U,) flat parameter; the `scores` of each layer are views of it.
-        stored_units: (U,) bool: units whose parameters still exist; all of them until some retire.
+        stored_units: (U,) bool: units whose parameters still exist; all of them until the network shrinks.
         stored: the same per space of the graph; None while all are stored.
     """
 
@@ -39,17 +40,16 @@ class SparseNetwork:
         self,
         model: nn.Module,
         image_shape: tuple[int, int, int],
+        *,
         execution: str = "compact",
-        semantics: str = "unit",
-        stream: str = "free",
+        residual_masks: str = "free",
+        precision: str = "fp32",
         multiple: int | None = None,
     ) -> None:
-        if semantics == "released" and execution != "masked":
-            raise ValueError("semantics 'released' cannot run compact, dropped channels are not zero there")
         self.model = model
         self.execution = execution
-        self.semantics = semantics
-        self.graph = ChannelGraph(model, image_shape, stream)
+        self.precision = precision
+        self.graph = ChannelGraph(model, image_shape, residual_masks)
         self.layers = subnet_convs(model)
         self.scores = self._flatten_scores()
         self.device = next(model.parameters()).device
@@ -92,30 +92,41 @@ class SparseNetwork:
         """Before a backward: no parameter has a gradient other than zero."""
         self._compact.gradients.clear(self.weight_parameters())
 
+    @property
+    def vital_groups(self) -> list[np.ndarray]:
+        """See `ChannelGraph.vital_groups`; none where the shifts of dropped channels leak through an empty layer."""
+        return [] if self.execution == "released" else self.graph.vital_groups
+
     def plan(self, mask_U: np.ndarray) -> Plan:
         """The channels of a pass under a drawn mask, the layer guard applied (see `keep_one_unit`).
 
         Args:
             mask_U: (U,) bool on the host.
         """
-        if self.semantics == "unit":
-            mask_U = keep_one_unit(mask_U, self.scores, self.graph.vital_groups)
-        assert not (mask_U & ~self.stored_units).any(), "a mask keeps units that have retired"
+        mask_U = keep_one_unit(mask_U, self.scores, self.vital_groups)
+        assert not (mask_U & ~self.stored_units).any(), "a mask keeps units that have left the parameters"
         return make_plan(self.graph, mask_U, self.device, self.multiple, self.stored)
 
     def __call__(self, images: Tensor, plan: Plan, update_statistics: bool = True) -> Tensor:
-        """Logits (B, classes) under a plan; train or eval mode is the model's.
+        """Logits (B, classes) under a plan, in float32 or wider; train or eval mode is the model's.
 
         Args:
             images: (B, C, H, W).
             update_statistics: whether a pass in training mode moves the running statistics of live channels.
         """
-        if self.num_units == 0:
-            return self.model(images)
-        if self.execution == "compact":
-            return self._compact(images, plan, update_statistics)
-        with self._masks_of(plan, update_statistics):
-            return self.model(images)
+        with self.autocast():
+            if self.num_units == 0:
+                logits = self.model(images)
+            elif self.execution == "compact":
+                logits = self._compact(images, plan, update_statistics)
+            else:
+                with self._masks_of(plan, update_statistics):
+                    logits = self.model(images)
+        return logits.float() if self.precision == "bf16" else logits
+
+    def autocast(self) -> torch.autocast:
+        """Context in which layers compute in the precision of the network."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @contextmanager
     def _masks_of(self, plan: Plan, update_statistics: bool) -> Iterator[None]:
@@ -123,10 +134,11 @@ class SparseNetwork:
         for op in self.graph.ops:
             if isinstance(op.module, SubnetConv | SubnetBatchNorm):
                 live = torch.from_numpy(plan.live[op.space]).to(self.device)
+                leaks = self.execution == "released"
                 if isinstance(op.module, SubnetConv):  # a depthwise one follows, unless the mask is to leak
-                    op.module.mask = live if self.semantics == "unit" or isinstance(op.module, VRPGE) else None
+                    op.module.mask = None if leaks and not isinstance(op.module, VRPGE) else live
                 else:
-                    op.module.live = live if self.semantics == "unit" else None
+                    op.module.live = None if leaks else live
                     op.module.update_statistics = update_statistics
         try:
             yield
@@ -143,14 +155,18 @@ class SparseNetwork:
         return sum(self.graph.layer_macs(plan.counts).values())
 
     def executed_macs(self, plan: Plan) -> int:
-        """Multiply-adds that a pass under the plan runs, padding apart: masked execution computes every channel."""
-        return self.dense_macs if self.execution == "masked" else self.subnet_macs(plan)
+        """Multiply-adds that a pass under the plan runs, padding apart: only compact execution leaves channels out."""
+        return self.subnet_macs(plan) if self.execution == "compact" else self.dense_macs
 
     def padded_macs(self, plan: Plan) -> int:
         """The same with the zero channels that compact execution adds."""
-        if self.execution == "masked":
+        if self.execution != "compact":
             return self.dense_macs
         return sum(self.graph.layer_macs(plan.widths).values())
+
+    def pass_cost(self, plan: Plan) -> tuple[int, int]:
+        """Multiply-adds of one image and one forward pass under the plan, without and with padding."""
+        return self.executed_macs(plan), self.padded_macs(plan)
 
     def subnet_parameters(self, plan: Plan) -> int:
         return sum(self.graph.layer_parameters(plan.counts).values())
@@ -160,10 +176,6 @@ class SparseNetwork:
         if unit not in self._costs:
             self._costs[unit] = ExpectedCost(self.graph, unit)
         return self._costs[unit]
-
-    def use_batch_norm(self, function: Callable[..., Tensor]) -> None:
-        """Sets what training passes of compact execution normalise with; same arguments as `F.batch_norm`."""
-        self._compact.batch_norm = function
 
     def batch_norms(self) -> dict[str, nn.BatchNorm2d]:
         return {name: m for name, m in self.model.named_modules() if isinstance(m, nn.BatchNorm2d)}

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.algorithm.estimators import Gates, gate_gradients
+from utils.algorithm.estimators.base import Gates
+from utils.algorithm.estimators.taylor import gate_gradients
 from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
 

@@ -29,7 +29,18 @@ def stays_zero(scores_U: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     return zero if moment is None else zero & (moment >= 0)
 
 
-def store_only(
+def drop_dead_units(
+    network: SparseNetwork, score_optimizer: torch.optim.Optimizer, weight_optimizer: torch.optim.Optimizer
+) -> int:
+    """Cuts all units whose scores provably stay 0 out of a running search; returns how many.
+
+    Masks that are drawn already stay valid: they were drawn from these scores and cannot hold such a unit.
+    """
+    dead_U = stays_zero(network.scores, score_optimizer).cpu().numpy()
+    return shrink_to(network, ~dead_U, weight_optimizer)
+
+
+def shrink_to(
     network: SparseNetwork,
     units_U: np.ndarray,
     optimizer: torch.optim.Optimizer | None = None,
@@ -87,7 +98,7 @@ def _layers(network: SparseNetwork) -> list[Op]:
         if op.kind in ("conv", "depthwise", "norm", "linear"):
             first = first_runs.setdefault(op.module, op)
             if (_source(network, first), first.space) != (_source(network, op), op.space):
-                raise ValueError(f"{op.node.target} runs on different channels; units cannot retire from it")
+                raise ValueError(f"{op.node.target} runs on different channels; its units cannot leave it")
     return list(first_runs.values())
 
 

@@ -119,9 +119,7 @@ def _priorities(values_U: np.ndarray, scores_U: np.ndarray, vital_groups: Iterab
     return priority_U
 
 
-def estimate_statistics(
-    network: SparseNetwork, mask_U: np.ndarray, batches: Iterable[tuple[Tensor, Tensor]], config
-) -> Subnet:
+def estimate_statistics(network: SparseNetwork, mask_U: np.ndarray, batches: Iterable[tuple[Tensor, Tensor]]) -> Subnet:
     """A subnet whose batch-norm statistics are plain averages over the given training batches.
 
     The statistics of the network itself, which mix all the masks of training, are left as they were.
@@ -129,7 +127,6 @@ def estimate_statistics(
     Args:
         mask_U: (U,) bool.
         batches: shuffled images, in numbers that fill batch statistics.
-        config: `args.TrainConfig`, for the precision.
     """
     norms = network.batch_norms()
     momenta = {name: norm.momentum for name, norm in norms.items()}
@@ -142,8 +139,7 @@ def estimate_statistics(
             for number, (images, _) in enumerate(batches):
                 for norm in norms.values():
                     norm.momentum = 1 / (number + 1)  # a running average of all batches so far
-                with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    network(images, plan)
+                network(images, plan)
         statistics = {name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in norms.items()}
     finally:
         network.model.train(was_training)

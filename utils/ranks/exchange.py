@@ -18,7 +18,6 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.channels.network import SparseNetwork
@@ -236,42 +235,7 @@ def _norms(network: SparseNetwork) -> list[tuple[nn.BatchNorm2d, set[int]]]:
 
 def _kept(network: SparseNetwork, plans: Sequence[Plan], spaces: set[int]) -> np.ndarray:
     """(C,) bool of the stored channels of some spaces: those of which a pass moves the statistics."""
-    if network.semantics == "released":  # dropped channels too
+    if network.execution == "released":  # the statistics of dropped channels move too
         return np.ones(network.graph.spaces[min(spaces)].width, dtype=bool)
     live = np.logical_or.reduce([plan.live[space] for plan in plans for space in spaces])
     return live if network.stored is None else live[network.stored[min(spaces)]]
-
-
-# ---- batch-norm over all ranks ----
-
-
-@contextmanager
-def synchronised_batch_norm(network: SparseNetwork, wanted: bool) -> Iterator[None]:
-    """Inside, a batch is normalised by the statistics of all ranks' images instead of each rank's own (`--sync-bn`).
-
-    For compact execution on GPUs with the same masks on all ranks, so that all run the same layers on the same
-    channels. Not tested: that needs two GPUs.
-    """
-    if not wanted or num_ranks() == 1:
-        yield
-        return
-    network.use_batch_norm(_batch_norm_of_all)
-    try:
-        yield
-    finally:
-        network.use_batch_norm(F.batch_norm)
-
-
-def _batch_norm_of_all(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    training: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    from torch.nn.modules._functions import SyncBatchNorm
-
-    return SyncBatchNorm.apply(x, weight, bias, mean, var, eps, momentum, dist.group.WORLD, num_ranks())

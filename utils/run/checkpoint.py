@@ -20,7 +20,8 @@ import torch
 
 from utils.errors import UserError
 
-FORMAT_VERSION = 1  # raise it when the meaning of an entry changes; older files must still load
+FORMAT_VERSION = 2  # raise it when the meaning of an entry changes
+LAST_COMMIT_OF_FORMAT_1 = "f14d36b"
 
 PARTIAL = ".pt.partial"
 
@@ -91,8 +92,13 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
         raise UserError(f"{path} is not a checkpoint of this project: it has no format_version; {advice}")
     if version > FORMAT_VERSION:
         raise UserError(
-            f"the checkpoint {path} has format version {version}, this project reads versions up to "
-            f"{FORMAT_VERSION}; update the project to resume it"
+            f"the checkpoint {path} has format version {version}, and this project reads version {FORMAT_VERSION}; "
+            "update the project to use it"
+        )
+    if version < FORMAT_VERSION:
+        raise UserError(
+            f"the checkpoint {path} was written by an older version of this project, in format {version} instead of "
+            f"{FORMAT_VERSION}; use it with commit {LAST_COMMIT_OF_FORMAT_1}, or make the run again"
         )
     return state
 
@@ -116,29 +122,17 @@ def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def generator_states(generators: Mapping[str, torch.Generator]) -> dict[str, torch.Tensor]:
-    """State of every named random generator, to be put into a checkpoint."""
-    return {name: generator.get_state() for name, generator in generators.items()}
+def restore_generator(generator: torch.Generator, state: torch.Tensor) -> None:
+    """Sets a random generator to a saved state.
 
-
-def restore_generators(generators: Mapping[str, torch.Generator], states: Mapping[str, torch.Tensor]) -> None:
-    """Set every generator to its saved state; all of them or, on an error, none.
-
-    Raises: UserError if the names differ, or a state was saved on another kind of device.
+    Raises: UserError if the state was saved on another kind of device.
     """
-    if generators.keys() != states.keys():
+    if state.numel() != generator.get_state().numel():
         raise UserError(
-            f"the checkpoint has the random generators {', '.join(states)}, this run needs "
-            f"{', '.join(generators)}; resume it with the version of this project that wrote it"
+            f"the state of the random generator does not fit device {generator.device}; resume the run on the kind of "
+            "device that it started on"
         )
-    for name, generator in generators.items():
-        if states[name].numel() != generator.get_state().numel():
-            raise UserError(
-                f"the state of random generator {name!r} does not fit device {generator.device}; "
-                "resume the run on the kind of device that it started on"
-            )
-    for name, generator in generators.items():
-        generator.set_state(states[name].cpu())
+    generator.set_state(state.cpu())
 
 
 def _check_plain(value: Any, name: str) -> None:

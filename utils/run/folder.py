@@ -267,60 +267,18 @@ def _cpu_facts() -> tuple[str, list[str]]:
 # ---- What came out: tables and summaries ----
 
 
-def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Append one row to a CSV table; the first row also writes the header.
-
-    Raises: UserError if the columns are not those of the header.
-    """
-    path = Path(path)
-    columns = _columns(path)
-    if columns and set(columns) != set(row):
-        raise UserError(
-            f"{path} has the columns {', '.join(columns)} but the new row has {', '.join(row)}; "
-            "it was written by another version of this project: start a new run"
-        )
-    with open(path, "a" if columns else "w", encoding="utf-8", newline="") as file:
-        file.write(_csv_text(columns or list(row), [row], header=not columns))
-
-
-def rows_before(path: str | Path, epoch: int) -> list[dict[str, str]]:
-    """Rows of a CSV table whose column `epoch` is below the given one; empty if there is no table yet."""
-    rows = csv.DictReader(io.StringIO(_whole_lines(Path(path)), newline=""))
-    return [row for row in rows if int(row["epoch"]) < epoch]
-
-
-def truncate_rows(path: str | Path, epoch: int) -> None:
-    """Drop the rows from `epoch` on, which a resumed run is about to write again; the header stays."""
-    path = Path(path)
-    if columns := _columns(path):
-        _replace_text(path, _csv_text(columns, rows_before(path, epoch), header=True))
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a CSV table whole, with the columns of its first row; a reader sees the old content or the new."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _replace_text(Path(path), text.getvalue())
 
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write a JSON file; a reader sees the old content or the new, never half of it."""
     _replace_text(Path(path), json.dumps(content, indent=2) + "\n")
-
-
-def _columns(path: Path) -> list[str]:
-    """Names in the header of a CSV table; none if there is no table yet."""
-    return next(csv.reader([_whole_lines(path).partition("\n")[0]]), [])
-
-
-def _whole_lines(path: Path) -> str:
-    """Text of a file up to its last end of line: a crash may have cut off what follows."""
-    if not path.exists():
-        return ""
-    text = path.read_bytes().decode("utf-8")
-    return text[: text.rfind("\n") + 1]
-
-
-def _csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], header: bool) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _replace_text(path: Path, text: str) -> None:
