@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from trainers.retirement import retire
 
 from args import OPTIONS as TRAINING_OPTIONS
 from args import Config, ModelConfig, RunConfig, SparsityConfig, TrainConfig, config_from_dict
@@ -43,7 +44,6 @@ from trainers.default import (
     train_step,
     weight_step,
 )
-from trainers.retirement import retire
 from trainers.session import find_device
 from trainers.state import make_weight_optimizer, new_run
 from utils.channels.network import SparseNetwork

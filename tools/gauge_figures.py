@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from utils.algorithm.estimator import vrpge_gradient
 
 from tools.gauge_passes import Batch, Draws, collect, kind_of, warm_memories
-from utils.algorithm.estimator import vrpge_gradient
 from utils.algorithm.estimators import ESTIMATORS, Memory
 
 REFERENCE = "vrpge"  # what variances are compared with; its masks also make the reference gradient
