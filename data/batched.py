@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.seeds import mixed_seed
 
 # Two independent random streams of an epoch: a change of augmentation never changes the order.
 ORDER_STREAM, AUGMENTATION_STREAM = 0, 1
@@ -147,8 +147,3 @@ class BatchedSet(ABC):
 def generator(seed: int, *purpose: int) -> torch.Generator:
     """A CPU generator of its own for one purpose, such as (epoch, stream)."""
     return torch.Generator().manual_seed(mixed_seed(seed, *purpose))
-
-
-def mixed_seed(seed: int, *purpose: int) -> int:
-    """A seed for one purpose; SeedSequence mixes neighbouring seeds and epochs well."""
-    return int(np.random.SeedSequence(entropy=seed, spawn_key=purpose).generate_state(1, np.uint64)[0])

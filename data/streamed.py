@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from data.batched import AUGMENTATION_STREAM, BatchedSet, mixed_seed
+from data.batched import AUGMENTATION_STREAM, BatchedSet
 from data.files import ClassFolder, UnreadableImage, open_rgb
 from utils.errors import UserError
+from utils.seeds import mixed_seed
 
 _GRACE_SECONDS = 60
 
