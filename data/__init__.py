@@ -38,8 +38,8 @@ class DataSplits:
     """Height and width in pixels."""
     class_names: tuple[str, ...]
     fingerprint: str
-    """Short hash of set name, class names, shape and labels of each part, and of the names and sizes of files that
-    are streamed: equal when a run is resumed."""
+    """Short hash of set name, class names, shape and labels of each part, and of the names of files that are streamed.
+    A run is resumed on images of the same fingerprint only."""
 
 
 def build_data(
@@ -50,7 +50,6 @@ def build_data(
     train_images: int = 0,
     image_size: int,
     workers: int,
-    bad_images: str,
     device: torch.device,
 ) -> DataSplits:
     """Load a set and hold out a part of its training images.
@@ -64,15 +63,15 @@ def build_data(
         train_images: train on so many of those that are left, see `first_in_proportion`; 0: on all.
         image_size: pixels that an ImageFolder is resized to, 0 leaves it as it is; from 128 on it is streamed.
             ImageNet: 0 is 224. Other sets are 32x32.
-        workers: threads that decode the images of an ImageFolder in memory, processes that decode streamed images, 0
-            for none; other sets need no decoding.
-        bad_images: what to do with a file of an ImageFolder or ImageNet that is no whole image: "error" or "skip".
+        workers: threads that decode the images of an ImageFolder in memory, or processes that decode streamed images,
+            0 for none; other sets need no decoding.
         device: where batches are made, and images in memory live.
-    Raises: UserError for values out of range, missing or damaged files, or a class left empty by holdout.
+    Raises: UserError for values out of range, missing or damaged files, or a class left empty by holdout. A streamed
+        set raises it too, while its batches are made, for a file that cannot be decoded.
     """
     _check_arguments(name, holdout, image_size, workers)
     try:
-        train, test, class_names = _load(name, Path(root).expanduser(), image_size, workers, bad_images)
+        train, test, class_names = _load(name, Path(root).expanduser(), image_size, workers)
     except OSError as error:
         raise UserError(
             f"{name}: {error}; check that everything under {root} is readable and its disk works"
@@ -150,16 +149,14 @@ def _check_arguments(name: str, holdout: float, image_size: int, workers: int) -
         )
 
 
-def _load(
-    name: str, root: Path, image_size: int, workers: int, bad_images: str
-) -> tuple[BatchedSet, BatchedSet, tuple[str, ...]]:
+def _load(name: str, root: Path, image_size: int, workers: int) -> tuple[BatchedSet, BatchedSet, tuple[str, ...]]:
     """Training and test images, on the CPU, and class names."""
     if name == "ImageNet":
-        return load_imagenet(root, image_size, workers, bad_images)
+        return load_imagenet(root, image_size, workers)
     if name == "ImageFolder" and image_size >= STREAM_FROM_SIZE:
-        return load_streamed_folder(root, image_size, workers, bad_images)
+        return load_streamed_folder(root, image_size, workers)
     if name == "ImageFolder":
-        return _in_memory(load_image_folder(root, image_size, workers, bad_images))
+        return _in_memory(load_image_folder(root, image_size, workers))
     if name == "FashionMNIST-mini":
         return _in_memory(load_fashion_mnist_mini())
     if name == "FashionMNIST":

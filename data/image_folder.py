@@ -1,23 +1,13 @@
 """Images in one folder per class: small ones read into memory, large ones and ImageNet streamed from their files."""
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 from torchvision.transforms.functional import center_crop, resize
 
-from data.files import (
-    ClassFolder,
-    UnreadableImage,
-    check_by_decoding,
-    find_image_folder,
-    find_imagenet,
-    open_rgb,
-    refusal,
-    strict_about_size,
-    without_bad_images,
-)
+from data.files import ClassFolder, find_image_folder, find_imagenet, open_rgb
 from data.sources import RawData
 from data.streamed import StreamedSet
 from utils.errors import UserError
@@ -32,10 +22,10 @@ STREAMED_IMAGES_FOR_STATISTICS = 1000
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 IMAGENET_IMAGE_SIZE = 224
 
-_IMAGES_PER_TASK = 64
+_FILES_PER_TASK = 16
 
 
-def load_image_folder(root: Path, image_size: int, workers: int, bad_images: str) -> RawData:
+def load_image_folder(root: Path, image_size: int, workers: int) -> RawData:
     """Read all images as 8-bit RGB into memory.
 
     Training and test images are shuffled by a fixed generator, so that a few batches already hold all classes.
@@ -45,14 +35,10 @@ def load_image_folder(root: Path, image_size: int, workers: int, bad_images: str
         root: folder with `train` and `test` (or `val`).
         image_size: 0 to take the images as they are, square and of one size; otherwise the shorter side of
             each image is resized to it (bilinear, antialiased) and its centre is cut out.
-        workers: decoding threads, 0 decodes in the calling thread; they pay for photographs, not at 32 pixels.
-        bad_images: "error" or "skip", see `without_bad_images`.
+        workers: decoding threads, at least one; more of them pay for photographs, not at 32 pixels.
     Raises: UserError for missing folders, differing classes or sizes, unreadable images, or over 4 GiB.
     """
-    parts = find_image_folder(root)
-    if bad_images == "skip":  # otherwise reading them finds the first bad one
-        parts = [without_bad_images(part, bad_images, workers, check_by_decoding) for part in parts]
-    train, test = (part.shuffled() for part in parts)
+    train, test = (part.shuffled() for part in find_image_folder(root))
     first = train.files[0]
     size = image_size or _common_size(first)
     count = len(train) + len(test)
@@ -77,18 +63,16 @@ def load_image_folder(root: Path, image_size: int, workers: int, bad_images: str
     )
 
 
-def load_streamed_folder(
-    root: Path, image_size: int, workers: int, bad_images: str
-) -> tuple[StreamedSet, StreamedSet, tuple[str, ...]]:
+def load_streamed_folder(root: Path, image_size: int, workers: int) -> tuple[StreamedSet, StreamedSet, tuple[str, ...]]:
     """Training and test images of an ImageFolder, and their class names; the images stay in their files.
 
     Mean and standard deviation are those of 1,000 training images, evenly chosen among the files sorted by class
     and name, held-out ones included.
 
     Args: see `load_image_folder`; image_size is above 0, workers are processes.
-    Raises: UserError for missing folders, differing classes, or files that are no whole images.
+    Raises: UserError for missing folders, differing classes, or unreadable images among these 1,000.
     """
-    train, test = (without_bad_images(part, bad_images, workers) for part in find_image_folder(root))
+    train, test = find_image_folder(root)
     count = min(len(train), STREAMED_IMAGES_FOR_STATISTICS)
     chosen = train.chosen(np.arange(count) * len(train) // count)
     sample = StreamedSet.from_folder(chosen, ((0.0,) * 3, (1.0,) * 3), image_size, workers)
@@ -96,12 +80,9 @@ def load_streamed_folder(
     return _streamed(train, test, statistics, image_size, workers)
 
 
-def load_imagenet(
-    root: Path, image_size: int, workers: int, bad_images: str
-) -> tuple[StreamedSet, StreamedSet, tuple[str, ...]]:
+def load_imagenet(root: Path, image_size: int, workers: int) -> tuple[StreamedSet, StreamedSet, tuple[str, ...]]:
     """ImageNet, as `load_streamed_folder`; its validation images are the test images. image_size 0 means 224."""
-    train, test = (without_bad_images(part, bad_images, workers) for part in find_imagenet(root))
-    return _streamed(train, test, IMAGENET_MEAN_STD, image_size or IMAGENET_IMAGE_SIZE, workers)
+    return _streamed(*find_imagenet(root), IMAGENET_MEAN_STD, image_size or IMAGENET_IMAGE_SIZE, workers)
 
 
 def channel_statistics(images: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -130,7 +111,7 @@ def _streamed(
 
 
 def _common_size(path: str) -> int:
-    width, height = _open(path).size
+    width, height = open_rgb(path).size
     if width != height:
         raise UserError(
             f"ImageFolder: {path} is {width}x{height} pixels, not square; pass --image-size to resize and "
@@ -143,33 +124,19 @@ def _read(files: list[str], size: int, resizing: bool, first: str, workers: int)
     """Images (N, 3, size, size) uint8; `first` names the file that `size` is from."""
     images = np.empty((len(files), 3, size, size), dtype=np.uint8)
 
-    def read_range(start: int) -> None:
-        for index in range(start, min(start + _IMAGES_PER_TASK, len(files))):
-            image = _open(files[index])
-            if resizing:
-                image = center_crop(resize(image, size), [size, size])
-            elif image.size != (size, size):
-                raise UserError(
-                    f"ImageFolder: images differ in size, {first} is {size}x{size} pixels and {files[index]} is "
-                    f"{image.width}x{image.height}; pass --image-size to resize and crop all images"
-                )
-            images[index] = np.asarray(image).transpose(2, 0, 1)
+    def read(index: int) -> None:
+        image = open_rgb(files[index])
+        if resizing:
+            image = center_crop(resize(image, size), [size, size])
+        elif image.size != (size, size):
+            raise UserError(
+                f"ImageFolder: images differ in size, {first} is {size}x{size} pixels and {files[index]} is "
+                f"{image.width}x{image.height}; pass --image-size to resize and crop all images"
+            )
+        images[index] = np.asarray(image).transpose(2, 0, 1)
 
-    starts = range(0, len(files), _IMAGES_PER_TASK)
-    with strict_about_size():
-        if workers == 0:
-            for start in starts:
-                read_range(start)
-        else:
-            with ThreadPoolExecutor(workers) as pool:
-                # In order: of several bad files the same one is always named. An error cancels what is left.
-                for _ in pool.map(read_range, starts):
-                    pass
+    with ThreadPool(max(workers, 1)) as pool:
+        # In order, so that of several bad files the same one is always named. An error ends the threads.
+        for _ in pool.imap(read, range(len(files)), _FILES_PER_TASK):
+            pass
     return images
-
-
-def _open(path: str):
-    try:
-        return open_rgb(path)
-    except UnreadableImage as error:
-        raise refusal(path, error) from error

@@ -37,8 +37,6 @@ class StreamedSet(BatchedSet):
     folder: Path
     files: np.ndarray = field(repr=False)
     """(N,) bytes, names within the folder: one block of memory, which workers share, not a million of strings."""
-    num_bytes: np.ndarray = field(repr=False)
-    """(N,) int64 sizes of the files."""
     image_size: int
     workers: int
     """Processes that decode; 0 decodes in the calling one."""
@@ -53,15 +51,13 @@ class StreamedSet(BatchedSet):
     ) -> "StreamedSet":
         """The images of a folder, on the CPU; statistics are their mean and std."""
         mean, std = statistics
+        prefix = f"{part.folder}{os.sep}"
         return cls(
             labels=torch.from_numpy(part.labels),
             mean=mean,
             std=std,
             folder=part.folder,
-            files=np.array(
-                [os.fsencode(path.removeprefix(f"{part.folder}{os.sep}")) for path in part.files], dtype=np.bytes_
-            ),
-            num_bytes=part.num_bytes,
+            files=np.array([os.fsencode(path.removeprefix(prefix)) for path in part.files], dtype=np.bytes_),
             image_size=image_size,
             workers=workers,
         )
@@ -73,14 +69,13 @@ class StreamedSet(BatchedSet):
     def subset(self, indices: Tensor | Sequence[int]) -> "StreamedSet":
         chosen = np.asarray(torch.as_tensor(indices, dtype=torch.int64).cpu())
         labels = self.labels[torch.from_numpy(chosen).to(self.device)]
-        return replace(self, files=self.files[chosen], num_bytes=self.num_bytes[chosen], labels=labels)
+        return replace(self, files=self.files[chosen], labels=labels)
 
     def to(self, device: torch.device) -> "StreamedSet":
         return replace(self, labels=self.labels.to(device))
 
     def identity(self) -> bytes:
-        names = b"\0".join(self.files.tolist())
-        return super().identity() + names + self.num_bytes.astype("<i8").tobytes()
+        return super().identity() + b"\0".join(self.files.tolist())
 
     def pixels(self, batch_size: int = 64) -> Iterator[Tensor]:
         """All images in order, (B, 3, size, size) uint8: neither augmented nor normalised."""
@@ -112,7 +107,7 @@ class StreamedSet(BatchedSet):
         )
         try:
             for batch in loader:
-                if isinstance(batch, UserError):
+                if isinstance(batch, UnreadableImage):
                     raise batch
                 yield batch
         except (RuntimeError, EOFError, ConnectionError) as error:
@@ -125,7 +120,8 @@ class StreamedSet(BatchedSet):
 
 
 class _Loader(DataLoader):
-    """Does not warn of more workers than cores: slow at worst, and a configuration may be for a larger machine."""
+    """Does not warn of more workers than cores: that is slow at worst, and the configuration may be for a larger
+    machine."""
 
     def check_worker_number_rationality(self) -> None:
         pass
@@ -134,21 +130,18 @@ class _Loader(DataLoader):
 class _Decoder(Dataset):
     """Image number -> (3, size, size) uint8, or the error that tells the user which file cannot be read.
 
-    An error is returned, not raised: the loader would dress it in the traceback of a worker.
+    The error is returned, not raised, because the loader would add the traceback of a worker to it.
     """
 
     def __init__(self, folder: Path, files: np.ndarray, transform: v2.Compose, draw: tuple[int, int] | None) -> None:
         self.folder, self.files, self.transform, self.draw = folder, files, transform, draw
 
-    def __getitem__(self, index: int) -> Tensor | UserError:
+    def __getitem__(self, index: int) -> Tensor | UnreadableImage:
         path = self.folder / os.fsdecode(self.files[index])
         try:
             image = open_rgb(path)
         except UnreadableImage as error:
-            return UserError(
-                f"cannot read image {path} any more ({error}), which looked whole when the run started; put the file "
-                f"back and go on with --resume, or start a new run without it"
-            )
+            return error
         if self.draw is None:
             return self.transform(image)
         seed, epoch = self.draw
@@ -165,14 +158,14 @@ def _transform(size: int, training: bool) -> v2.Compose:
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
-def _collate(samples: list[Tensor | UserError]) -> Tensor | UserError:
-    errors = [sample for sample in samples if isinstance(sample, UserError)]
+def _collate(samples: list[Tensor | UnreadableImage]) -> Tensor | UnreadableImage:
+    errors = [sample for sample in samples if isinstance(sample, UnreadableImage)]
     return errors[0] if errors else default_collate(samples)
 
 
 @contextmanager
 def _closed_at_exit(generator: Generator) -> Iterator[Generator]:
-    """Closes it behind the block; if the program ends inside, then before Python terminates all child processes."""
+    """Closes it behind the block. If the program ends inside, it is closed before Python terminates child processes."""
     atexit.register(generator.close)
     try:
         yield generator
@@ -184,7 +177,7 @@ def _closed_at_exit(generator: Generator) -> Iterator[Generator]:
 def _outlive_signals(_worker: int) -> None:
     """Ctrl-C and SIGTERM often reach all processes at once, but the main process still finishes its step and saves.
 
-    It ends its workers then; the alarm does if it cannot.
+    It ends its workers afterwards. If it cannot, the alarm does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))

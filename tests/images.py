@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def build(name: str, root: Path, **settings):
     """build_data with the quietest settings."""
-    quiet = {"holdout": 0.0, "image_size": 0, "workers": 0, "bad_images": "error", "device": CPU}
+    quiet = {"holdout": 0.0, "image_size": 0, "workers": 0, "device": CPU}
     return build_data(name, str(root), **quiet | settings)
 
 

@@ -205,7 +205,6 @@ def load_data(config: Config, device: torch.device) -> DataSplits:
             train_images=settings.train_images,
             image_size=settings.image_size,
             workers=settings.workers,
-            bad_images=settings.bad_images,
             device=device,
         )
     check_equal({f"the images of {settings.set}": torch.tensor(int(data.fingerprint, 16))}, "before the first step")

@@ -12,8 +12,8 @@ def mixed_seed(seed: int, *purpose: int) -> int:
     """An unsigned 64-bit seed for one purpose, such as (epoch, stream) or (epoch, stream, image).
 
     The image sets draw order and augmentation with it, so that an epoch depends on its number and on nothing that was
-    drawn before it. SeedSequence mixes neighbouring seeds and epochs well, and a purpose of two numbers never gives the
-    seed of a purpose of one or three.
+    drawn before it. SeedSequence mixes neighbouring seeds and epochs well, and purposes of one, two and three numbers
+    do not meet.
     """
     return int(np.random.SeedSequence(entropy=seed, spawn_key=purpose).generate_state(1, np.uint64)[0])
 
