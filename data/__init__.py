@@ -1,6 +1,5 @@
 """Named image sets, in memory or streamed from files, split into training, held-out and test images."""
 
-import difflib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,7 @@ from data.sources import RawData, load_cifar, load_fashion_mnist, load_fashion_m
 from data.streamed import StreamedSet
 from utils.errors import UserError
 
-__all__ = ["SETS", "BatchedSet", "DataSplits", "ImageSet", "StreamedSet", "build_data"]
-
-SETS = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "FashionMNIST-mini", "ImageFolder", "ImageNet")
+__all__ = ["BatchedSet", "DataSplits", "ImageSet", "StreamedSet", "build_data", "first_in_proportion", "split_holdout"]
 
 # Not the run's seed: every method and every seed holds out the same images.
 _HOLDOUT_SEED = 0
@@ -44,32 +41,31 @@ class DataSplits:
 
 def build_data(
     name: str,
-    root: str,
+    root: str | Path = "dataset",
     *,
-    holdout: float,
+    image_size: int = 0,
+    workers: int = 0,
+    holdout: float = 0.0,
     train_images: int = 0,
-    image_size: int,
-    workers: int,
-    device: torch.device,
+    device: torch.device | str = "cpu",
 ) -> DataSplits:
     """Load a set and hold out a part of its training images.
 
     Args:
-        name: one of SETS.
+        name: CIFAR10, CIFAR100, MNIST, FashionMNIST, FashionMNIST-mini, ImageFolder or ImageNet.
         root: folder of the files. CIFAR, MNIST and FashionMNIST: as torchvision lays them out, fetched if missing;
             ImageFolder: the folder with train/ and test/; ImageNet: that with ImageNet/train/ and ImageNet/val/, or
             with train/ and val/; FashionMNIST-mini comes with the repository.
-        holdout: fraction of the training images of each class to hold out, in [0, 1).
-        train_images: train on so many of those that are left, see `first_in_proportion`; 0: on all.
         image_size: pixels that an ImageFolder is resized to, 0 leaves it as it is; from 128 on it is streamed.
             ImageNet: 0 is 224. Other sets are 32x32.
         workers: threads that decode the images of an ImageFolder in memory, or processes that decode streamed images,
             0 for none; other sets need no decoding.
+        holdout: fraction of the training images of each class to hold out, in [0, 1).
+        train_images: train on so many of those that are left, see `first_in_proportion`; 0: on all.
         device: where batches are made, and images in memory live.
-    Raises: UserError for values out of range, missing or damaged files, or a class left empty by holdout. A streamed
-        set raises it too, while its batches are made, for a file that cannot be decoded.
+    Raises: UserError for an unknown set, missing or damaged files, or a class left empty by holdout. A streamed set
+        raises it too, while its batches are made, for a file that cannot be decoded.
     """
-    _check_arguments(name, holdout, image_size, workers)
     try:
         train, test, class_names = _load(name, Path(root).expanduser(), image_size, workers)
     except OSError as error:
@@ -131,24 +127,6 @@ def first_in_proportion(labels: np.ndarray, indices: np.ndarray, count: int) -> 
     return np.sort(indices[np.argsort(place, kind="stable")[:count]])
 
 
-def _check_arguments(name: str, holdout: float, image_size: int, workers: int) -> None:
-    if name not in SETS:
-        close = difflib.get_close_matches(name, SETS, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"unknown data set {name!r}; the sets are {', '.join(SETS)}{hint}")
-    if not 0 <= holdout < 1:
-        raise UserError(f"holdout must be in [0, 1), got {holdout}; it is a fraction, not a percentage or a count")
-    if workers < 0:
-        raise UserError(f"workers must be 0 or larger, got {workers}")
-    if image_size < 0:
-        raise UserError(f"image_size must be 0 (as the images are) or a number of pixels, got {image_size}")
-    if name not in ("ImageFolder", "ImageNet") and image_size not in (0, 32):
-        raise UserError(
-            f"image_size={image_size} is not possible for {name}, whose images are 32x32; leave it 0, "
-            f"or use ImageFolder"
-        )
-
-
 def _load(name: str, root: Path, image_size: int, workers: int) -> tuple[BatchedSet, BatchedSet, tuple[str, ...]]:
     """Training and test images, on the CPU, and class names."""
     if name == "ImageNet":
@@ -157,13 +135,20 @@ def _load(name: str, root: Path, image_size: int, workers: int) -> tuple[Batched
         return load_streamed_folder(root, image_size, workers)
     if name == "ImageFolder":
         return _in_memory(load_image_folder(root, image_size, workers))
+    if image_size not in (0, 32):
+        raise UserError(
+            f"image_size={image_size} is not possible for {name}, whose images are 32x32; leave it 0, "
+            f"or use ImageFolder"
+        )
     if name == "FashionMNIST-mini":
         return _in_memory(load_fashion_mnist_mini())
     if name == "FashionMNIST":
         return _in_memory(load_fashion_mnist(root))
     if name == "MNIST":
         return _in_memory(load_mnist(root))
-    return _in_memory(load_cifar(name, root))
+    if name in ("CIFAR10", "CIFAR100"):
+        return _in_memory(load_cifar(name, root))
+    raise UserError(f"there is no data set {name!r}")
 
 
 def _in_memory(raw: RawData) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:

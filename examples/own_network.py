@@ -22,8 +22,7 @@ KEEP_RATIO, STEPS, BATCH_SIZE = 0.5, 30, 64
 def main() -> None:
     """Trains torchvision's MobileNetV2 on the bundled images for some steps and prints what is kept."""
     torch.manual_seed(0)
-    cpu = torch.device("cpu")
-    data = build_data("FashionMNIST-mini", "dataset", holdout=0.1, image_size=0, workers=0, device=cpu)
+    data = build_data("FashionMNIST-mini", holdout=0.1)
     model = mobilenet_v2(num_classes=10, width_mult=0.5, dropout=0.0)
     model.features[0][0] = torch.nn.Conv2d(1, 16, 3, padding=1, bias=False)  # one channel, no halving: small images
 

@@ -9,16 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import build_data, sources
+from data import sources
 from data.idx import idx_bytes
-
-CPU = torch.device("cpu")
-
-
-def build(name: str, root: Path, **settings):
-    """build_data with the quietest settings."""
-    quiet = {"holdout": 0.0, "image_size": 0, "workers": 0, "device": CPU}
-    return build_data(name, str(root), **quiet | settings)
 
 
 def by_label(batches) -> dict[int, torch.Tensor]:

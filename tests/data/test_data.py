@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision import datasets
 
-from data import ImageSet, make_fashion_mnist_mini, sources, split_holdout
+from args import SETS
+from data import ImageSet, build_data, make_fashion_mnist_mini, sources, split_holdout
 from data.idx import idx_bytes, read_idx_file
-from tests.images import build, by_label, in_order, make_folders, write_cifar, write_idx_files
+from tests.images import by_label, in_order, make_folders, write_cifar, write_idx_files
 from utils.errors import UserError
 
 
@@ -250,7 +251,7 @@ def test_no_global_generator_is_read_or_advanced(tmp_path):
     images = make_set(23, crop_padding=2, flip=True)
 
     def everything():
-        build("ImageFolder", tmp_path, holdout=0.4)
+        build_data("ImageFolder", tmp_path, holdout=0.4)
         return [batch for batch, _ in images.train_batches(4, seed=0, epoch=0)]
 
     torch.manual_seed(1)
@@ -311,21 +312,21 @@ def test_holdout_must_leave_something_on_both_sides(fraction, count):
 # --- arguments ---
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "message"),
-    [
-        ("CIFAR-10", {}, r"unknown data set 'CIFAR-10'; the sets are .*ImageNet; did you mean CIFAR10\?"),
-        ("CIFAR10", {"holdout": 1.0}, r"holdout must be in \[0, 1\), got 1.0"),
-        ("CIFAR10", {"holdout": -0.1}, r"holdout must be in \[0, 1\), got -0.1"),
-        ("CIFAR10", {"holdout": float("nan")}, r"holdout must be in \[0, 1\), got nan"),
-        ("CIFAR10", {"workers": -1}, "workers must be 0 or larger, got -1"),
-        ("CIFAR10", {"image_size": -1}, "image_size must be 0 .* got -1"),
-        ("FashionMNIST", {"image_size": 64}, "image_size=64 is not possible for FashionMNIST.*32x32"),
-    ],
-)
-def test_arguments_out_of_range(tmp_path, name, settings, message):
-    with pytest.raises(UserError, match=message):
-        build(name, tmp_path, **settings)
+def test_every_set_that_can_be_chosen_is_known(tmp_path, monkeypatch):
+    """Each looks for its files; a set that is only in a list would be refused as unknown."""
+    monkeypatch.setattr(sources, "FASHION_MNIST_MINI", tmp_path / "absent")
+    monkeypatch.setattr(sources, "FASHION_MNIST_DEBIAN", tmp_path / "absent")
+    monkeypatch.setattr(sources, "_download", lambda name, *_: (_ for _ in ()).throw(UserError(f"{name} is missing")))
+    for name in SETS:
+        with pytest.raises(UserError, match=rf"^{name}.*(missing|there is no folder)"):
+            build_data(name, tmp_path / "absent")
+    with pytest.raises(UserError, match="there is no data set 'CIFAR-10'"):
+        build_data("CIFAR-10", tmp_path)
+
+
+def test_sets_of_one_size_refuse_another(tmp_path):
+    with pytest.raises(UserError, match="image_size=64 is not possible for FashionMNIST"):
+        build_data("FashionMNIST", tmp_path, image_size=64)
 
 
 def test_a_disk_that_cannot_be_read_is_a_user_error(tmp_path, monkeypatch):
@@ -336,14 +337,14 @@ def test_a_disk_that_cannot_be_read_is_a_user_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sources, "check_integrity", refuse)
     with pytest.raises(UserError, match=r"CIFAR10: .*Permission denied: '\S+data_batch_1'; check that .* is readable"):
-        build("CIFAR10", tmp_path)
+        build_data("CIFAR10", tmp_path)
 
 
 # --- the bundled sample ---
 
 
 def test_bundled_sample(tmp_path):
-    splits = build("FashionMNIST-mini", tmp_path / "not there", holdout=0.1)
+    splits = build_data("FashionMNIST-mini", tmp_path / "not there", holdout=0.1)
     assert (len(splits.train), len(splits.holdout), len(splits.test)) == (9000, 1000, 2000)
     for part, per_class in ((splits.train, 900), (splits.holdout, 100), (splits.test, 200)):
         assert part.images.shape[1:] == (1, 32, 32)
@@ -362,17 +363,17 @@ def test_bundled_sample(tmp_path):
 
 
 def test_fingerprint_tells_splits_apart(tmp_path):
-    first = build("FashionMNIST-mini", tmp_path, holdout=0.1)
-    assert first.fingerprint == build("FashionMNIST-mini", tmp_path, holdout=0.1).fingerprint
-    assert first.fingerprint != build("FashionMNIST-mini", tmp_path, holdout=0.2).fingerprint
+    first = build_data("FashionMNIST-mini", tmp_path, holdout=0.1)
+    assert first.fingerprint == build_data("FashionMNIST-mini", tmp_path, holdout=0.1).fingerprint
+    assert first.fingerprint != build_data("FashionMNIST-mini", tmp_path, holdout=0.2).fingerprint
     assert re.fullmatch("[0-9a-f]{12}", first.fingerprint)
 
 
 def test_fingerprint_depends_on_labels(tmp_path):
     make_folders(tmp_path)
-    first = build("ImageFolder", tmp_path).fingerprint
+    first = build_data("ImageFolder", tmp_path).fingerprint
     (tmp_path / "test" / "cat" / "4.png").rename(tmp_path / "test" / "dog" / "5.png")
-    assert first != build("ImageFolder", tmp_path).fingerprint
+    assert first != build_data("ImageFolder", tmp_path).fingerprint
 
 
 def test_damaged_sample_is_refused(tmp_path, monkeypatch):
@@ -382,10 +383,10 @@ def test_damaged_sample_is_refused(tmp_path, monkeypatch):
     damaged.write_bytes(content)
     monkeypatch.setattr(sources, "FASHION_MNIST_MINI", damaged)
     with pytest.raises(UserError, match=r"fashion_mnist_mini.xz is missing or damaged .*git checkout"):
-        build("FashionMNIST-mini", tmp_path)
+        build_data("FashionMNIST-mini", tmp_path)
     damaged.unlink()
     with pytest.raises(UserError, match=r"SHA-256 missing, expected"):
-        build("FashionMNIST-mini", tmp_path)
+        build_data("FashionMNIST-mini", tmp_path)
 
 
 def test_readme_states_the_checksum_and_the_size_is_small():
@@ -427,7 +428,7 @@ def no_debian_package(monkeypatch, tmp_path):
 @pytest.mark.usefixtures("no_debian_package")
 def test_idx_files_from_root(tmp_path, name, compress):
     arrays = write_idx_files(tmp_path / name / "raw", compress)
-    splits = build(name, tmp_path)
+    splits = build_data(name, tmp_path)
     assert splits.train.images.shape == (20, 1, 32, 32)
     np.testing.assert_array_equal(splits.train.images[:, 0, 2:30, 2:30].numpy(), arrays[0])
     np.testing.assert_array_equal(splits.test.images[:, 0, 2:30, 2:30].numpy(), arrays[2])
@@ -437,7 +438,7 @@ def test_idx_files_from_root(tmp_path, name, compress):
 
 def test_digits_are_not_mirrored(tmp_path):
     write_idx_files(tmp_path / "MNIST" / "raw", compress=False)
-    splits = build("MNIST", tmp_path)
+    splits = build_data("MNIST", tmp_path)
     assert (splits.train.crop_padding, splits.train.flip) == (2, False)
     assert splits.class_names[7] == "7 - seven"
 
@@ -456,7 +457,7 @@ def test_fashion_mnist_from_debian_package(tmp_path, monkeypatch):
     package = tmp_path / "package"
     write_idx_files(package, compress=True)
     monkeypatch.setattr(sources, "FASHION_MNIST_DEBIAN", package)
-    assert len(build("FashionMNIST", tmp_path / "empty").train) == 20
+    assert len(build_data("FashionMNIST", tmp_path / "empty").train) == 20
 
 
 @pytest.mark.usefixtures("no_debian_package")
@@ -468,7 +469,7 @@ def test_truncated_idx_file_is_named(tmp_path, compress, keep):
     damaged = raw / ("t10k-images-idx3-ubyte" + (".gz" if compress else ""))
     damaged.write_bytes(damaged.read_bytes()[:keep])
     with pytest.raises(UserError, match=rf"{re.escape(str(damaged))} is damaged or not an IDX file"):
-        build("FashionMNIST", tmp_path)
+        build_data("FashionMNIST", tmp_path)
 
 
 @pytest.mark.usefixtures("no_debian_package")
@@ -487,10 +488,10 @@ def test_wrong_idx_content_is_named(tmp_path):
     ):
         label_file.write_bytes(content)
         with pytest.raises(UserError, match=message):
-            build("FashionMNIST", tmp_path)
+            build_data("FashionMNIST", tmp_path)
     image_file.write_bytes(idx_bytes([images[:, :20]]))
     with pytest.raises(UserError, match=r"images-idx3-ubyte holds .* \(20, 20, 28\); expected .* 28x28"):
-        build("FashionMNIST", tmp_path)
+        build_data("FashionMNIST", tmp_path)
 
 
 # --- downloads that fail ---
@@ -528,7 +529,7 @@ def no_network(monkeypatch):
 )
 def test_failed_download_says_what_to_do(tmp_path, no_network, capsys, name, folder, parts):
     with pytest.raises(UserError) as caught:
-        build(name, tmp_path)
+        build_data(name, tmp_path)
     message = str(caught.value)
     quickstart = "python main.py --config configs/quickstart.yaml"
     for part in (name, str(tmp_path / folder), "Name or service not known", quickstart, *parts):
@@ -546,7 +547,7 @@ def test_failed_download_says_what_to_do(tmp_path, no_network, capsys, name, fol
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
 def test_cifar(tmp_path, monkeypatch, no_network, name):
     pixels, labels = write_cifar(tmp_path, name, monkeypatch)
-    splits = build(name, tmp_path)
+    splits = build_data(name, tmp_path)
     np.testing.assert_array_equal(splits.train.images.numpy(), pixels.reshape(-1, 3, 32, 32))
     assert splits.train.labels.tolist() == labels
     assert len(splits.test) == 20
@@ -575,7 +576,7 @@ def test_cifar_archive_in_root_is_unpacked_without_network(tmp_path, monkeypatch
         tar.add(tmp_path / "made" / datasets.CIFAR10.base_folder, datasets.CIFAR10.base_folder)
     checksum = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
     monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", checksum)
-    assert len(build("CIFAR10", root).train) == 100
+    assert len(build_data("CIFAR10", root).train) == 100
 
 
 def test_damaged_cifar_file_is_named(tmp_path, monkeypatch, no_network):
@@ -583,5 +584,5 @@ def test_damaged_cifar_file_is_named(tmp_path, monkeypatch, no_network):
     damaged = tmp_path / datasets.CIFAR10.base_folder / "data_batch_3"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"data_batch_3 is damaged .*cifar-10-python.tar.gz"):
-        build("CIFAR10", tmp_path)
+        build_data("CIFAR10", tmp_path)
     assert no_network == []

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import image_folder
+from data import build_data, image_folder
 from data.files import find_image_folder, open_rgb
-from tests.images import build, make_folders
+from tests.images import make_folders
 from utils.errors import UserError
 
 
@@ -19,7 +19,7 @@ from utils.errors import UserError
 @pytest.mark.parametrize("test", ["test", "val"])
 def test_image_folder(tmp_path, test, workers):
     make_folders(tmp_path, test)
-    splits = build("ImageFolder", tmp_path, holdout=0.4, workers=workers)
+    splits = build_data("ImageFolder", tmp_path, holdout=0.4, workers=workers)
     assert (splits.num_classes, splits.channels, splits.image_size, splits.class_names) == (
         2,
         3,
@@ -40,7 +40,7 @@ def test_image_folder(tmp_path, test, workers):
 def test_image_folder_is_shuffled_and_repeatable(tmp_path, monkeypatch):
     make_folders(tmp_path, per_class=20)
     monkeypatch.setattr(image_folder, "_FILES_PER_TASK", 3)
-    first, second = (build("ImageFolder", tmp_path, workers=workers) for workers in (0, 3))
+    first, second = (build_data("ImageFolder", tmp_path, workers=workers) for workers in (0, 3))
     assert torch.equal(first.train.images, second.train.images)
     assert first.fingerprint == second.fingerprint
     for part in (first.train, first.test):
@@ -51,12 +51,12 @@ def test_image_folder_prefers_test_to_val(tmp_path):
     make_folders(tmp_path, "test", per_class=5)
     for name in ("cat", "dog"):
         (tmp_path / "val" / name).mkdir(parents=True)
-    assert len(build("ImageFolder", tmp_path).test) == 10
+    assert len(build_data("ImageFolder", tmp_path).test) == 10
 
 
 def test_image_folder_statistics(tmp_path):
     make_folders(tmp_path)
-    train = build("ImageFolder", tmp_path, holdout=0.4).train
+    train = build_data("ImageFolder", tmp_path, holdout=0.4).train
     # Red is 0 and 1, green 0 to 4, blue always 0: its deviation is held at one grey level.
     np.testing.assert_allclose(np.array(train.mean) * 255, [0.5, 2, 0])
     np.testing.assert_allclose(np.array(train.std) * 255, [1.0, np.sqrt(2), 1.0])
@@ -77,7 +77,7 @@ def test_image_folder_resizes_the_shorter_side_and_cuts_the_centre(tmp_path):
     for part in ("train", "test"):
         for path in (tmp_path / part).glob("*/*.png"):
             wide.save(path)
-    splits = build("ImageFolder", tmp_path, image_size=10)
+    splits = build_data("ImageFolder", tmp_path, image_size=10)
     assert splits.image_size == 10
     assert (splits.train.images[:, 1] == 255).all()
     assert (splits.train.images[:, 0] == 0).all()
@@ -85,30 +85,30 @@ def test_image_folder_resizes_the_shorter_side_and_cuts_the_centre(tmp_path):
 
 def test_image_folder_without_root_or_parts(tmp_path):
     with pytest.raises(UserError, match=r"there is no folder .*absent"):
-        build("ImageFolder", tmp_path / "absent")
+        build_data("ImageFolder", tmp_path / "absent")
     with pytest.raises(UserError, match=r"holds no folder train/; expected"):
-        build("ImageFolder", tmp_path)
+        build_data("ImageFolder", tmp_path)
     make_folders(tmp_path, "testing")
     with pytest.raises(UserError, match=r"holds no folder test/ or val/; expected"):
-        build("ImageFolder", tmp_path)
+        build_data("ImageFolder", tmp_path)
 
 
 def test_image_folder_without_classes_or_images(tmp_path):
     make_folders(tmp_path)
     (tmp_path / "train" / "empty").mkdir()
     with pytest.raises(UserError, match=r"train cannot be used: .*no valid file for the classes empty"):
-        build("ImageFolder", tmp_path)
+        build_data("ImageFolder", tmp_path)
     for part in ("train", "test"):
         (tmp_path / "bare" / part).mkdir(parents=True)
     with pytest.raises(UserError, match=r"train cannot be used: .*any class folder"):
-        build("ImageFolder", tmp_path / "bare")
+        build_data("ImageFolder", tmp_path / "bare")
 
 
 def test_image_folder_with_differing_classes(tmp_path):
     make_folders(tmp_path)
     (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
     with pytest.raises(UserError, match=r"differ \(only in \S+train: dog; only in \S+test: wolf\)"):
-        build("ImageFolder", tmp_path)
+        build_data("ImageFolder", tmp_path)
 
 
 def test_of_several_unreadable_images_the_first_is_named(tmp_path, monkeypatch):
@@ -120,7 +120,7 @@ def test_of_several_unreadable_images_the_first_is_named(tmp_path, monkeypatch):
         Path(path).write_bytes(b"")
     monkeypatch.setattr(image_folder, "open_rgb", lambda path: time.sleep(0.1 * (path == first)) or open_rgb(path))
     with pytest.raises(UserError, match=rf"cannot read image {re.escape(first)} \("):
-        build("ImageFolder", tmp_path, workers=3)
+        build_data("ImageFolder", tmp_path, workers=3)
 
 
 def test_images_of_several_sizes_are_named(tmp_path):
@@ -131,8 +131,8 @@ def test_images_of_several_sizes_are_named(tmp_path):
         UserError,
         match=rf"differ in size, \S+train\S+png is 8x8 .*{re.escape(str(odd))} is 9x8.*--image-size",
     ):
-        build("ImageFolder", tmp_path)
-    assert build("ImageFolder", tmp_path, image_size=8).image_size == 8
+        build_data("ImageFolder", tmp_path)
+    assert build_data("ImageFolder", tmp_path, image_size=8).image_size == 8
 
 
 def test_images_that_are_not_square(tmp_path):
@@ -140,11 +140,11 @@ def test_images_that_are_not_square(tmp_path):
     for path in (tmp_path / "train").glob("*/*.png"):
         Image.new("RGB", (9, 8)).save(path)
     with pytest.raises(UserError, match=r"is 9x8 pixels, not square; pass --image-size"):
-        build("ImageFolder", tmp_path)
+        build_data("ImageFolder", tmp_path)
 
 
 def test_too_many_pixels_are_refused_before_reading_them(tmp_path, monkeypatch):
     make_folders(tmp_path)
     monkeypatch.setattr(image_folder, "MAX_BYTES", 900_000)
     with pytest.raises(UserError, match=r"20 images of 127x127 pixels .* GiB of memory, the limit is .*of 128 or more"):
-        build("ImageFolder", tmp_path, image_size=127)
+        build_data("ImageFolder", tmp_path, image_size=127)

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from data import ImageSet, StreamedSet, files, streamed
+from data import ImageSet, StreamedSet, build_data, files, streamed
 from data.files import ClassFolder
-from tests.images import build, by_label, in_order, make_photos
+from tests.images import by_label, in_order, make_photos
 from utils.errors import UserError
 
 # Python 3.12 warns of every fork in a process that has threads, such as those of PyTorch.
@@ -203,7 +203,7 @@ def test_cuda_gives_the_same_batches_from_pinned_memory(noise, workers):
 
 
 def stream(root: Path, **settings):
-    return build("ImageFolder", root, **{"image_size": 128} | settings)
+    return build_data("ImageFolder", root, **{"image_size": 128} | settings)
 
 
 def test_image_folder_is_streamed_from_128_pixels_on(tmp_path):
@@ -254,23 +254,23 @@ def test_fingerprint_tells_files_apart_but_not_places(tmp_path):
 def test_imagenet_layouts_statistics_and_size(tmp_path, monkeypatch, inner):
     make_photos(tmp_path / inner, per_class=2, test="val")
     monkeypatch.setattr(files, "IMAGENET_CLASSES", 2)
-    splits = build("ImageNet", tmp_path)
+    splits = build_data("ImageNet", tmp_path)
     assert (splits.image_size, len(splits.train), len(splits.test)) == (224, 4, 4)
     assert splits.train.mean == (0.485, 0.456, 0.406)
     [(batch, _)] = splits.test.batches(4)
     assert batch.shape == (4, 3, 224, 224)
-    assert build("ImageNet", tmp_path, image_size=64).train.shape == (4, 3, 64, 64)
+    assert build_data("ImageNet", tmp_path, image_size=64).train.shape == (4, 3, 64, 64)
 
 
 def test_imagenet_with_another_number_of_classes_is_refused(tmp_path):
     make_photos(tmp_path, test="val")
     with pytest.raises(UserError, match=r"train holds 2 class folders, expected 1000: .*--set ImageFolder"):
-        build("ImageNet", tmp_path)
+        build_data("ImageNet", tmp_path)
     with pytest.raises(UserError, match=r"there is no folder \S+nowhere"):
-        build("ImageNet", tmp_path / "nowhere")
+        build_data("ImageNet", tmp_path / "nowhere")
     (tmp_path / "val").rename(tmp_path / "test")
     with pytest.raises(UserError, match=r"holds no folder val/"):
-        build("ImageNet", tmp_path)
+        build_data("ImageNet", tmp_path)
 
 
 def test_a_class_that_only_one_part_has_is_refused_before_files_are_read(tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_a_class_that_only_one_part_has_is_refused_before_files_are_read(tmp_pat
     monkeypatch.setattr(files, "IMAGENET_CLASSES", 2)
     for name in ("ImageNet", "ImageFolder"):
         with pytest.raises(UserError, match=r"differ \(only in \S+train: dog; only in \S+val: wolf\)"):
-            build(name, tmp_path, image_size=128)
+            build_data(name, tmp_path, image_size=128)
 
 
 # --- bad files ---
@@ -292,7 +292,7 @@ def test_files_are_not_opened_before_they_are_needed(tmp_path, monkeypatch):
     monkeypatch.setattr("data.image_folder.STREAMED_IMAGES_FOR_STATISTICS", 4)
     opened = []
     monkeypatch.setattr(files.Image, "open", lambda path, open=Image.open: opened.append(path) or open(path))
-    build("ImageNet", tmp_path)
+    build_data("ImageNet", tmp_path)
     assert opened == []
     stream(tmp_path)
     assert len(opened) == 4
