@@ -8,7 +8,7 @@ import socket
 import sys
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,17 +38,13 @@ class RawData(NamedTuple):
     """Whether a mirrored image still shows its class."""
 
 
-# Of the released recipe (CIFAR10) and the values in common use (CIFAR100).
-CIFAR_MEAN_STD = {
-    "CIFAR10": ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
-    "CIFAR100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
-}
 CIFAR_CLASSES = {"CIFAR10": datasets.CIFAR10, "CIFAR100": datasets.CIFAR100}
-
-# Computed from the 60,000 training images after padding to 32x32.
-FASHION_MNIST_MEAN_STD = ((0.2190,), (0.3318,))
-# The values in common use, 0.1307 and 0.3081, after padding to 32x32.
-MNIST_MEAN_STD = ((0.1000,), (0.2752,))
+MEAN_STD = {
+    "CIFAR10": ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),  # those of the released recipe
+    "CIFAR100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),  # the values in common use
+    "MNIST": ((0.1000,), (0.2752,)),  # the values in common use, 0.1307 and 0.3081, after padding to 32x32
+    "FashionMNIST": ((0.2190,), (0.3318,)),  # of the 60,000 training images after padding to 32x32
+}
 IDX_FILES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -76,13 +72,11 @@ def load_cifar(name: str, root: Path) -> RawData:
     checksums = dict([*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])])
     missing = [file for file in checksums if not (folder / file).is_file()]
     if missing:
-        _download(
-            name,
-            lambda: cifar(str(root), download=True),
-            f"{name}: {', '.join(missing)} not found in {folder}, and the download failed ({{error}}); get "
-            f"{cifar.filename} from https://www.cs.toronto.edu/~kriz/cifar.html and put it into {root}, "
-            f"unpacked or as it is; {NO_DOWNLOAD_HINT}",
+        remedy = (
+            f"get {cifar.filename} from https://www.cs.toronto.edu/~kriz/cifar.html and put it into {root}, "
+            f"unpacked or as it is"
         )
+        _download(cifar, root, f"{', '.join(missing)} not found in {folder}", remedy)
     for file, checksum in checksums.items():
         if not check_integrity(folder / file, checksum):
             raise UserError(
@@ -93,15 +87,13 @@ def load_cifar(name: str, root: Path) -> RawData:
         # NumPy 2.4.0 dislikes how the released files were pickled; nobody here can change that.
         warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
         train, test = cifar(str(root), train=True), cifar(str(root), train=False)
-    mean, std = CIFAR_MEAN_STD[name]
     return RawData(
         _channels_first(train.data),
         np.asarray(train.targets, dtype=np.int64),
         _channels_first(test.data),
         np.asarray(test.targets, dtype=np.int64),
         tuple(train.classes),
-        mean,
-        std,
+        *MEAN_STD[name],
         crop_padding=4,
     )
 
@@ -111,9 +103,8 @@ def load_mnist(root: Path) -> RawData:
 
     Raises: UserError if files are missing and cannot be downloaded, or are damaged.
     """
-    remedy = f"get the four .gz files from {datasets.MNIST.mirrors[0]}"
-    files = _idx_files(datasets.MNIST, root, remedy)
-    return _padded(datasets.MNIST, *_read_each(files), *MNIST_MEAN_STD, flip=False)
+    files = _idx_files(datasets.MNIST, root, f"get the four .gz files from {datasets.MNIST.mirrors[0]}")
+    return _padded(datasets.MNIST, files, [read_idx_file(path)[0] for path in files], flip=False)
 
 
 def load_fashion_mnist(root: Path) -> RawData:
@@ -126,7 +117,7 @@ def load_fashion_mnist(root: Path) -> RawData:
         f"the four .gz files from https://github.com/zalandoresearch/fashion-mnist"
     )
     files = _idx_files(datasets.FashionMNIST, root, remedy, FASHION_MNIST_DEBIAN)
-    return _padded(datasets.FashionMNIST, *_read_each(files), *FASHION_MNIST_MEAN_STD)
+    return _padded(datasets.FashionMNIST, files, [read_idx_file(path)[0] for path in files])
 
 
 def load_fashion_mnist_mini() -> RawData:
@@ -141,68 +132,61 @@ def load_fashion_mnist_mini() -> RawData:
             f"FashionMNIST-mini: {path} is missing or damaged (SHA-256 {checksum}, expected "
             f"{FASHION_MNIST_MINI_SHA256}); check it out again with `git checkout -- data/{path.name}`"
         )
-    arrays = read_idx_file(path, num_arrays=4)
-    return _padded(datasets.FashionMNIST, arrays, [str(path)] * 4, *FASHION_MNIST_MEAN_STD)
+    return _padded(datasets.FashionMNIST, [path] * 4, read_idx_file(path, num_arrays=4))
 
 
 def _idx_files(dataset: type[datasets.MNIST], root: Path, remedy: str, elsewhere: Path | None = None) -> list[Path]:
     """The four files, each plain or compressed: from torchvision's folder, or all elsewhere, or downloaded."""
     folder = root / dataset.__name__ / "raw"
-    for place in (folder, elsewhere):
-        found = [_plain_or_compressed(place / name) for name in IDX_FILES] if place else [None]
-        if None not in found:
-            return found
-    missing = [name for name in IDX_FILES if _plain_or_compressed(folder / name) is None]
+    found = {name: _plain_or_compressed(folder / name) for name in IDX_FILES}
+    missing = [name for name, path in found.items() if path is None]
+    if not missing:
+        return list(found.values())
+    if elsewhere is not None:
+        others = [_plain_or_compressed(elsewhere / name) for name in IDX_FILES]
+        if None not in others:
+            return others
     _download(
-        dataset.__name__,
-        lambda: dataset(str(root), download=True),
-        f"{dataset.__name__}: {', '.join(missing)} (plain or .gz) not found in {folder}, and the download failed "
-        f"({{error}}); {remedy} and put them into {folder}; {NO_DOWNLOAD_HINT}",
+        dataset, root, f"{', '.join(missing)} (plain or .gz) not found in {folder}", f"{remedy} and put them there"
     )
     return [folder / name for name in IDX_FILES]
 
 
 def _plain_or_compressed(path: Path) -> Path | None:
-    present = [file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()]
-    return present[0] if present else None
-
-
-def _read_each(files: list[Path]) -> tuple[list[np.ndarray], list[str]]:
-    """The one array of each file, and the files' names for messages."""
-    return [read_idx_file(path)[0] for path in files], [str(path) for path in files]
+    return next((file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None)
 
 
 def _padded(
-    dataset: type[datasets.MNIST],
-    arrays: list[np.ndarray],
-    names: list[str],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    flip: bool = True,
+    dataset: type[datasets.MNIST], files: Sequence[Path], arrays: Sequence[np.ndarray], flip: bool = True
 ) -> RawData:
-    """Four arrays (training images, their labels, test images, their labels), checked, as images of 32x32."""
+    """The set with its images padded to 32x32.
+
+    Args:
+        arrays: training images, their labels, test images, their labels.
+        files: the file of each array.
+    Raises: UserError naming the file if images are not 28x28 pixels, or do not have one label of a known class each.
+    """
     class_names = tuple(dataset.classes)
-    train_images, train_labels, test_images, test_labels = arrays
-    pairs = ((train_images, train_labels, *names[:2]), (test_images, test_labels, *names[2:]))
-    for images, labels, images_name, labels_name in pairs:
+    for number in (0, 2):
+        (images, labels), (images_file, labels_file) = arrays[number : number + 2], files[number : number + 2]
         if images.ndim != 3 or images.shape[1:] != (28, 28) or len(images) == 0:
             raise UserError(
-                f"{images_name} holds an array of shape {images.shape}; expected images of 28x28 pixels: delete it "
+                f"{images_file} holds an array of shape {images.shape}; expected images of 28x28 pixels: delete it "
                 f"and fetch it again"
             )
         if labels.shape != images.shape[:1] or labels.max() >= len(class_names):
             raise UserError(
-                f"{labels_name} holds an array of shape {labels.shape} with values up to {labels.max(initial=0)}; "
+                f"{labels_file} holds an array of shape {labels.shape} with values up to {labels.max(initial=0)}; "
                 f"expected {len(images)} labels below {len(class_names)}: delete it and fetch it again"
             )
+    train_images, train_labels, test_images, test_labels = arrays
     return RawData(
         _pad_to_32(train_images),
         train_labels.astype(np.int64),
         _pad_to_32(test_images),
         test_labels.astype(np.int64),
         class_names,
-        mean,
-        std,
+        *MEAN_STD[dataset.__name__],
         crop_padding=2,  # on top of the 2 black pixels that padding to 32x32 has put on every side
         flip=flip,
     )
@@ -217,27 +201,19 @@ def _channels_first(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
-def _download(name: str, attempt: Callable[[], object], message: str) -> None:
-    """Run a download of torchvision quietly; a failure raises UserError(message) with {error} filled in."""
+def _download(dataset: type[datasets.CIFAR10 | datasets.MNIST], root: Path, missing: str, remedy: str) -> None:
+    """Have torchvision download a set quietly; a failure raises UserError with the cause and the remedy."""
+    name, previous = dataset.__name__, socket.getdefaulttimeout()
     print(f"{name}: fetching the files, this can take minutes", file=sys.stderr)
-    try:
-        with (
-            _socket_timeout(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            attempt()
-    except (OSError, RuntimeError, http.client.HTTPException, tarfile.TarError) as error:
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(message.replace("{error}", cause)) from error
-
-
-@contextlib.contextmanager
-def _socket_timeout() -> Iterator[None]:
-    # Without it an unreachable server, or a firewall that answers nothing, holds a run for minutes.
-    previous = socket.getdefaulttimeout()
+    # Without a timeout an unreachable server, or a firewall that answers nothing, holds a run for minutes.
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            dataset(str(root), download=True)
+    except (OSError, RuntimeError, http.client.HTTPException, tarfile.TarError) as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{name}: {missing}, and the download failed ({cause}); {remedy}; {NO_DOWNLOAD_HINT}"
+        ) from error
     finally:
         socket.setdefaulttimeout(previous)

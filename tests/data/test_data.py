@@ -316,7 +316,9 @@ def test_every_set_that_can_be_chosen_is_known(tmp_path, monkeypatch):
     """Each looks for its files; a set that is only in a list would be refused as unknown."""
     monkeypatch.setattr(sources, "FASHION_MNIST_MINI", tmp_path / "absent")
     monkeypatch.setattr(sources, "FASHION_MNIST_DEBIAN", tmp_path / "absent")
-    monkeypatch.setattr(sources, "_download", lambda name, *_: (_ for _ in ()).throw(UserError(f"{name} is missing")))
+    monkeypatch.setattr(
+        sources, "_download", lambda *what: (_ for _ in ()).throw(UserError(f"{what[0].__name__} is missing"))
+    )
     for name in SETS:
         with pytest.raises(UserError, match=rf"^{name}.*(missing|there is no folder)"):
             build_data(name, tmp_path / "absent")
@@ -445,7 +447,7 @@ def test_digits_are_not_mirrored(tmp_path):
 
 @pytest.mark.parametrize(
     ("at_28", "at_32"),
-    [((0.1307, 0.3081), sources.MNIST_MEAN_STD), ((0.2860, 0.3530), sources.FASHION_MNIST_MEAN_STD)],
+    [((0.1307, 0.3081), sources.MEAN_STD["MNIST"]), ((0.2860, 0.3530), sources.MEAN_STD["FashionMNIST"])],
 )
 def test_statistics_of_padded_sets_follow_from_those_in_common_use(at_28, at_32):
     share, (mean, std) = 28**2 / 32**2, at_28
@@ -562,7 +564,7 @@ def test_cifar(tmp_path, monkeypatch, no_network, name):
 
 
 def test_cifar10_statistics_are_the_released_ones():
-    assert sources.CIFAR_MEAN_STD["CIFAR10"] == ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262))
+    assert sources.MEAN_STD["CIFAR10"] == ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262))
 
 
 # Python 3.12 wants tarfile.extractall to be called with a filter; torchvision does not do so.
