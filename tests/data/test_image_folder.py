@@ -11,7 +11,7 @@ from PIL import Image
 
 from data import build_data, image_folder
 from data.files import find_image_folder, open_rgb
-from tests.images import make_folders
+from tests.data.samples import make_folders
 from utils.errors import UserError
 
 

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import random as python_random
 import signal
 from pathlib import Path
 
@@ -12,55 +11,18 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from data import ImageSet, StreamedSet, build_data, files, streamed
-from data.files import ClassFolder
-from tests.images import by_label, in_order, make_photos
+import data.streamed
+from data import StreamedSet, build_data, files
+from tests.data.samples import assert_same_batches, make_photos, streamed
 from utils.errors import UserError
 
 # Python 3.12 warns of every fork in a process that has threads, such as those of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory) -> Path:
-    """23 images of several shapes and formats in one folder; the name of each is its number."""
-    folder, random = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
-    for number in range(23):
-        pixels = random.integers(0, 256, (40 + number % 7, 60 - number % 5, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:02}.{('png', 'jpg')[number % 2]}")
-    return folder
-
-
-def make_set(folder: Path, workers: int = 0, image_size: int = 16, **settings) -> StreamedSet:
-    """All images of a folder; image i has label i, so that a batch says which images it holds."""
-    found = sorted(str(path) for path in folder.iterdir())
-    part = ClassFolder(folder, tuple(found), found, np.arange(len(found)))
-    images = StreamedSet.from_folder(part, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)), image_size, workers)
-    for name, value in settings.items():
-        setattr(images, name, value)
-    return images
-
-
-def assert_same_batches(actual, expected):
-    for (a, b), (c, d) in zip(actual, expected, strict=True):
-        assert torch.equal(a, c)
-        assert torch.equal(b, d)
-
-
-# --- order and augmentation ---
-
-
-def test_order_is_that_of_images_in_memory(noise):
-    in_memory = ImageSet(
-        images=torch.zeros(23, 1, 1, 1, dtype=torch.uint8), labels=torch.arange(23), mean=(0.0,), std=(1.0,)
-    )
-    expected = in_order(in_memory.train_batches(5, seed=3, epoch=2))
-    assert in_order(make_set(noise).train_batches(5, seed=3, epoch=2, start=1)) == expected[5:]
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_and_start_change_nothing(noise, workers):
-    images, others = make_set(noise), make_set(noise, workers)
+    images, others = streamed(noise), streamed(noise, workers)
     whole = list(images.train_batches(5, seed=1, epoch=7))
     for start in (0, 3, 4):
         assert_same_batches(others.train_batches(5, seed=1, epoch=7, start=start), whole[start:])
@@ -68,39 +30,13 @@ def test_workers_and_start_change_nothing(noise, workers):
     assert [len(labels) for _, labels in others.batches(10)] == [10, 10, 3]
 
 
-def test_augmentation_depends_on_seed_epoch_and_image_alone(noise):
-    images = make_set(noise)
-    first = by_label(images.train_batches(23, seed=1, epoch=7))
-    second = by_label(images.train_batches(6, seed=1, epoch=7))
-    assert len(second) == 18
-    assert all(torch.equal(first[label], image) for label, image in second.items())
-    for seed, epoch in ((1, 8), (2, 7)):
-        other = by_label(images.train_batches(23, seed=seed, epoch=epoch))
-        assert not any(torch.equal(first[label], image) for label, image in other.items())
-
-
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_parts_of_all_ranks_are_the_batches_of_one(noise, num_ranks):
-    ranks = [make_set(noise, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
-    batches = [images.train_batches(7, seed=5, epoch=3) for images in ranks]
-    for expected, *shared in zip(make_set(noise).train_batches(7, seed=5, epoch=3), *batches, strict=True):
-        for one, several in zip(expected, zip(*shared, strict=True), strict=True):
-            assert torch.equal(one, torch.cat(several))
-    evaluated = [by_label(images.batches(11)) for images in ranks]
-    assert sorted(label for part in evaluated for label in part) == list(range(23))
-    whole = by_label(make_set(noise).batches(11))
-    assert all(torch.equal(image, whole[label]) for part in evaluated for label, image in part.items())
-    part = ranks[1].subset([4, 2])
-    assert (part.rank, part.num_ranks) == (1, num_ranks)
-
-
 def test_what_start_leaves_out_is_not_decoded(noise, monkeypatch):
     opened = []
-    monkeypatch.setattr(streamed, "open_rgb", lambda path: opened.append(path) or files.open_rgb(path))
-    list(make_set(noise).train_batches(5, seed=0, epoch=0, start=3))
+    monkeypatch.setattr(data.streamed, "open_rgb", lambda path: opened.append(path) or files.open_rgb(path))
+    list(streamed(noise).train_batches(5, seed=0, epoch=0, start=3))
     assert len(opened) == len(set(opened)) == 5
     opened.clear()
-    list(make_set(noise, rank=1, num_ranks=2).train_batches(5, seed=0, epoch=0, start=3))
+    list(streamed(noise, rank=1, num_ranks=2).train_batches(5, seed=0, epoch=0, start=3))
     assert len(opened) == 3
 
 
@@ -111,7 +47,7 @@ def test_training_crops_are_those_of_torchvision(tmp_path):
     pixels = np.zeros((size, size, 3), dtype=np.uint8)
     pixels[:, :, 0], pixels[:, :, 1] = ramp[None, :], ramp[:, None]
     Image.fromarray(pixels).save(tmp_path / "0.png")
-    levels = make_set(tmp_path, image_size=50, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    levels = streamed(tmp_path, image_size=50, mean=(0.0,) * 3, std=(1 / 255,) * 3)
     [(batch, _)] = levels.subset([0] * 400).train_batches(400, seed=0, epoch=0)
     # Between the centres of the outermost pixels lie 49 of 50 parts of the crop; rounding moves each by half a level.
     columns = (batch[:, 0, 25, -1] - batch[:, 0, 25, 0]) * 50 / 49
@@ -132,7 +68,7 @@ def test_training_crops_are_those_of_torchvision(tmp_path):
 
 
 def test_evaluation_is_the_usual_resize_and_centre_crop(noise):
-    images = make_set(noise, image_size=28)
+    images = streamed(noise, image_size=28)
     usual = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(28), transforms.PILToTensor()])
     expected = [usual(Image.open(noise / os.fsdecode(name)).convert("RGB")) for name in images.files]
     assert all(
@@ -143,53 +79,21 @@ def test_evaluation_is_the_usual_resize_and_centre_crop(noise):
     torch.testing.assert_close(torch.cat([batch for batch, _ in images.batches(5)]), normalised, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_bytes_leave_the_workers_and_floats_the_set(noise, monkeypatch, channels_last):
+def test_bytes_leave_the_workers_and_floats_the_set(noise, monkeypatch):
     seen, normalise = [], StreamedSet._normalise
     monkeypatch.setattr(
         StreamedSet, "_normalise", lambda self, batch: seen.append(batch.dtype) or normalise(self, batch)
     )
-    images = make_set(noise, workers=1, channels_last=channels_last)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    for batches in (images.batches(12), images.train_batches(11, seed=0, epoch=0)):
-        for batch, labels in batches:
-            assert (batch.dtype, labels.dtype) == (torch.float32, torch.int64)
-            assert batch.is_contiguous(memory_format=memory_format)
-    assert seen == [torch.uint8] * 4
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_no_global_generator_is_read_or_advanced(noise, workers):
-    images = make_set(noise, workers)
-
-    def states():
-        return torch.random.get_rng_state(), np.random.get_state()[1].tolist(), python_random.getstate()  # noqa: NPY002
-
-    torch.manual_seed(1)
-    before = states()
-    first = [batch for batch, _ in images.train_batches(8, seed=0, epoch=0)]
-    assert torch.equal(before[0], states()[0])
-    assert before[1:] == states()[1:]
-    torch.manual_seed(2)
-    assert all(torch.equal(a, b) for a, (b, _) in zip(first, images.train_batches(8, seed=0, epoch=0), strict=True))
-
-
-def test_subset_keeps_order_and_settings(noise):
-    images = make_set(noise, channels_last=True)
-    part = images.subset(torch.tensor([7, 1, 4]))
-    assert in_order(part.batches(2)) == [7, 1, 4]
-    assert (part.mean, part.std, part.image_size, part.channels_last) == (images.mean, images.std, 16, True)
-    whole = by_label(images.batches(23))
-    assert all(torch.equal(image, whole[label]) for label, image in by_label(part.batches(3)).items())
-    assert list(images.subset([]).batches(4)) == []
-    assert in_order(images.batches(5, limit=2)) == list(range(10))
+    images = streamed(noise, workers=1)
+    assert [batch.dtype for batch, _ in images.batches(12)] == [torch.float32] * 2
+    assert seen == [torch.uint8] * 2
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_cuda_gives_the_same_batches_from_pinned_memory(noise, workers):
-    images = make_set(noise, workers)
+    images = streamed(noise, workers)
     on_gpu = images.to(torch.device("cuda:0"))
     for (a, b), (c, d) in zip(
         on_gpu.train_batches(8, seed=1, epoch=1), images.train_batches(8, seed=1, epoch=1), strict=True
@@ -318,10 +222,10 @@ def test_a_bad_file_ends_the_epoch_that_meets_it_and_is_named(tmp_path, workers)
 def test_workers_of_an_epoch_that_is_not_finished_end_before_the_program(noise, monkeypatch):
     """Python waits for its processes at exit, while workers outlive the signal that it sends them."""
     at_exit = []
-    monkeypatch.setattr(streamed.atexit, "register", at_exit.append)
-    monkeypatch.setattr(streamed.atexit, "unregister", at_exit.remove)
+    monkeypatch.setattr(data.streamed.atexit, "register", at_exit.append)
+    monkeypatch.setattr(data.streamed.atexit, "unregister", at_exit.remove)
     others = set(multiprocessing.active_children())
-    batches = make_set(noise, workers=2).train_batches(2, seed=0, epoch=0)
+    batches = streamed(noise, workers=2).train_batches(2, seed=0, epoch=0)
     next(batches)
     assert len(set(multiprocessing.active_children()) - others) == 2
     [end] = at_exit
@@ -333,6 +237,6 @@ def test_workers_of_an_epoch_that_is_not_finished_end_before_the_program(noise, 
 
 def test_a_worker_that_is_killed_is_a_user_error(noise, monkeypatch):
     """As by the kernel, when memory is full."""
-    monkeypatch.setattr(streamed, "open_rgb", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(data.streamed, "open_rgb", lambda path: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match=r"a process that decodes images has died .*fewer --workers \(now 1\)"):
-        list(make_set(noise, workers=1).batches(4))
+        list(streamed(noise, workers=1).batches(4))

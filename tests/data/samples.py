@@ -1,4 +1,4 @@
-"""Small image sets for tests: files in every layout that is read, and what batches hold."""
+"""Small image sets: files in every layout that is read, and what batches hold."""
 
 import gzip
 import hashlib
@@ -9,8 +9,37 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import sources
+from data import ImageSet, StreamedSet, sources
+from data.files import ClassFolder
 from data.idx import idx_bytes
+
+
+def in_memory(count: int = 23, channels: int = 3, **settings) -> ImageSet:
+    """Random 8x8 images; image i has label i, so that a batch says which images it holds."""
+    random = np.random.default_rng(0)
+    return ImageSet(
+        images=torch.from_numpy(random.integers(0, 256, (count, channels, 8, 8), dtype=np.uint8)),
+        labels=torch.arange(count),
+        mean=(0.4, 0.5, 0.6)[:channels],
+        std=(0.2, 0.3, 0.25)[:channels],
+        **settings,
+    )
+
+
+def streamed(folder: Path, workers: int = 0, image_size: int = 16, **settings) -> StreamedSet:
+    """All images of a folder, numbered like those in memory."""
+    found = sorted(str(path) for path in folder.iterdir())
+    part = ClassFolder(folder, tuple(found), found, np.arange(len(found)))
+    images = StreamedSet.from_folder(part, ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)), image_size, workers)
+    for name, value in settings.items():
+        setattr(images, name, value)
+    return images
+
+
+def assert_same_batches(actual, expected):
+    for (a, b), (c, d) in zip(actual, expected, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, d)
 
 
 def by_label(batches) -> dict[int, torch.Tensor]:
