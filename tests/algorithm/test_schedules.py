@@ -7,7 +7,7 @@ from math import cos, pi
 
 import pytest
 
-from utils.algorithm.schedules import kept_fraction, learning_rate_factor
+from utils.algorithm.schedules import falling_keep_ratio, learning_rate_factor
 
 POLICIES = ("cosine_lr", "multistep_lr", "constant_lr")
 
@@ -70,34 +70,25 @@ def test_an_unknown_policy_is_refused():
         learning_rate_factor("step_lr", 0, 10)
 
 
-def test_a_constant_budget():
-    assert {kept_fraction("constant", step, 10, 0.3) for step in range(11)} == {0.3}
+def test_the_falling_budget_by_its_formula():
+    def at(progress):
+        return falling_keep_ratio(progress, 0.2, start=0.1, end=0.5)
+
+    assert [at(progress) for progress in (0, 0.05, 0.1)] == [1, 1, 1]
+    assert at(0.2) == pytest.approx(0.2 + 0.8 * 0.75**3)
+    assert at(0.3) == pytest.approx(0.2 + 0.8 * 0.5**3)
+    assert at(0.4) == pytest.approx(0.2 + 0.8 * 0.25**3)
+    assert [at(progress) for progress in (0.5, 0.51, 1, 10)] == [0.2] * 4
 
 
-def test_the_cubic_budget_by_its_formula():
-    def at(step):
-        return kept_fraction("cubic", step, 100, 0.2, start=0.1, end=0.5)
-
-    assert [at(step) for step in (0, 5, 10)] == pytest.approx([1, 1, 1], abs=1e-12)
-    assert at(20) == pytest.approx(0.2 + 0.8 * 0.75**3)
-    assert at(30) == pytest.approx(0.2 + 0.8 * 0.5**3)
-    assert at(40) == pytest.approx(0.2 + 0.8 * 0.25**3)
-    assert [at(step) for step in (50, 51, 100, 1000)] == pytest.approx([0.2] * 4, abs=1e-12)
-
-
-def test_the_cubic_budget_never_rises_never_jumps_and_never_falls_below():
-    values = [kept_fraction("cubic", step, 1000, 0.25) for step in range(1001)]
+def test_the_falling_budget_never_rises_never_jumps_and_never_falls_below():
+    values = [falling_keep_ratio(step / 1000, 0.25) for step in range(1001)]
     assert values[0] == 1
-    assert values[400] == pytest.approx(0.25)
+    assert values[400] == 0.25
     assert all(after <= before for before, after in pairwise(values))
     assert max(before - after for before, after in pairwise(values)) < 3 * 0.75 / 400 * 1.01
     assert min(values) == 0.25
 
 
-def test_a_kept_fraction_of_one_stays_one():
-    assert {kept_fraction("cubic", step, 10, 1.0) for step in range(11)} == {1.0}
-
-
-def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="'linear'"):
-        kept_fraction("linear", 0, 10, 0.5)
+def test_a_keep_ratio_of_one_stays_one():
+    assert {falling_keep_ratio(step / 10, 1.0) for step in range(11)} == {1.0}
