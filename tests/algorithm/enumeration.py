@@ -33,23 +33,23 @@ def probabilities(scores_U: Tensor, masks_NU: Tensor) -> Tensor:
     return torch.where(masks_NU, scores_U, 1 - scores_U).prod(1)
 
 
-def all_draws(scores_U: Tensor, table_N: Tensor, num_masks: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """All that a step can draw: probability, masks (K, U) and losses (K,). The table has a loss for every mask."""
+def all_draws(scores_U: Tensor, table_N: Tensor, num_masks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All D draws of a step: probability (D,), masks (D, K, U) and losses (D, K). The table has a loss per mask."""
     masks_NU = all_masks(len(scores_U))
-    probability_N = probabilities(scores_U, masks_NU)
-    draws = [list(draw) for draw in product(range(len(masks_NU)), repeat=num_masks)]
-    return [(probability_N[draw].prod(), masks_NU[draw], table_N[draw]) for draw in draws]
+    draws = torch.tensor(list(product(range(len(masks_NU)), repeat=num_masks)))
+    return probabilities(scores_U, masks_NU)[draws].prod(1), masks_NU[draws], table_N[draws]
 
 
 def moments(
     estimator: Estimator, scores_U: Tensor, table_N: Tensor, num_masks: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Exact mean and variance of an estimate; by default of the fewest masks."""
-    draws = all_draws(scores_U, table_N, num_masks or estimator.fewest_masks)
-    estimates = torch.stack([estimator.gradient(scores_U, masks_KU, losses_K) for _, masks_KU, losses_K in draws])
-    probability_N = torch.stack([probability for probability, _, _ in draws])
-    mean_U = probability_N @ estimates
-    return mean_U, probability_N @ (estimates - mean_U) ** 2
+    probability_D, masks_DKU, losses_DK = all_draws(scores_U, table_N, num_masks or estimator.fewest_masks)
+    estimates_DU = torch.vmap(lambda masks_KU, losses_K: estimator.gradient(scores_U, masks_KU, losses_K))(
+        masks_DKU, losses_DK
+    )
+    mean_U = probability_D @ estimates_DU
+    return mean_U, probability_D @ (estimates_DU - mean_U) ** 2
 
 
 def expected_loss(scores_U: Tensor, table_N: Tensor) -> Tensor:

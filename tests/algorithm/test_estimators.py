@@ -74,7 +74,7 @@ def test_the_mean_holds_after_every_observation_and_would_not_if_a_step_knew_its
     scores_U, table_N = random_table(2, seed=3)
     exact_U = variance_of(scores_U).sqrt() * true_gradient(scores_U, table_N)
     too_early_U = torch.zeros(2, dtype=torch.float64)
-    for probability, masks_2U, losses_2 in all_draws(scores_U, table_N, 2):
+    for probability, masks_2U, losses_2 in zip(*all_draws(scores_U, table_N, 2), strict=True):
         # the gates of a step depend on its first mask, as those of a network do
         gates = Gates(losses_2[0] * vector(0.5, -0.2), masks_2U[0], num_images=4)
         estimator = with_memory(LinearControlVariate, scores_U, vector(0.3, 0.4))

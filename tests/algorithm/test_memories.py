@@ -105,7 +105,7 @@ def test_the_trust_is_the_regression_of_losses_on_earlier_forecasts_within_its_b
     effects_U = factor * true_gradient(scores_U, table_N)
     fitted = with_memory(LinearControlVariate, scores_U, effects_U)
     fitted.covariance, fitted.power = vector(0.0, 0.0)
-    for probability, masks_KU, losses_K in all_draws(scores_U, table_N, num_masks):
+    for probability, masks_KU, losses_K in zip(*all_draws(scores_U, table_N, num_masks), strict=True):
         one = with_memory(LinearControlVariate, scores_U, effects_U)
         one.observe(masks_KU, losses_K, Gates(vector(9.0, 9.0, 9.0), masks_KU[0], num_images=8))
         forecast_K = masks_KU.double() @ effects_U
