@@ -12,11 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.channels.test_cost import SMALL, STREAMS, UNITS, graph_of
+from tests.channels.small import SMALL, graph_of
 from tests.toy import NETWORKS
 from utils.algorithm import projection
 from utils.algorithm.projection import project_onto_budget, project_onto_cost
-from utils.channels.cost import ExpectedCost
+from utils.channels.cost import COUNTS, ExpectedCost
 
 # Some values are common on purpose: ties, the corners of the box, differences of exactly 1 (coinciding breaks).
 VALUES = st.one_of(
@@ -243,7 +243,7 @@ def test_equal_weights_are_no_weights(problem):
 @cache
 def costs() -> list[ExpectedCost]:
     nets = {**NETWORKS, **SMALL}.values()
-    return [ExpectedCost(graph_of(net, stream), unit) for net in nets for stream in STREAMS for unit in UNITS]
+    return [ExpectedCost(graph_of(net, masks), unit) for net in nets for masks in ("free", "tied") for unit in COUNTS]
 
 
 @st.composite
@@ -264,7 +264,7 @@ def check_feasible(scores_U: Tensor, cost: ExpectedCost, budget: float) -> tuple
     projected, v = project_onto_cost(scores_U, cost, budget)
     assert projected.dtype == scores_U.dtype
     assert projected.min() >= 0
-    assert (projected <= boxed_U).all()  # so a score of 0 stays exactly that, which retirement builds on
+    assert (projected <= boxed_U).all()  # so a score of 0 stays exactly that, which shrinking builds on
     if cost(boxed_U.numpy()) <= budget:
         assert torch.equal(projected, boxed_U)
         assert v == 0

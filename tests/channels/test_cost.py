@@ -2,109 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
 from functools import cache
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from trainers.methods.policy_gradient import drawn_mask, top_scored_mask
 
-from args import parse_args
-from data import DataSplits
-from tests.toy import (
-    IMAGE_SHAPE,
-    NETWORKS,
-    one_thread,  # noqa: F401
-)
-from trainers.recipe import Recipe
-from trainers.session import load_data
-from trainers.state import new_run
+from tests.channels.small import SMALL, graph_of
+from tests.toy import NETWORKS, one_thread  # noqa: F401
 from utils.algorithm.masks import keep_one_unit
 from utils.channels.cost import COUNTS, ExpectedCost, constant_score
 from utils.channels.graph import ChannelGraph
 from utils.channels.subnet import best_within_cost
-from utils.conv_type import sparsify
-from utils.errors import UserError
 
 UNITS = list(COUNTS)
-STREAMS = ["free", "tied"]
-
-
-class Chain(nn.Module):
-    """Convs in a row, one with a shift, one not maskable; a flatten that gives each channel four columns."""
-
-    LAYERS = ("conv1", "conv3")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 3, 3, padding=1, bias=True)
-        self.bn = nn.BatchNorm2d(3)
-        self.conv2 = nn.Conv2d(3, 2, 1, bias=False)
-        self.conv3 = nn.Conv2d(2, 4, 3, stride=2, padding=1, bias=False)
-        self.linear = nn.Linear(4 * 2 * 2, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv2(F.max_pool2d(self.bn(self.conv1(x)), 2))
-        return self.linear(self.conv3(x).flatten(1))
-
-
-class Branches(nn.Module):
-    """Additions, concatenations, depthwise convs; with tied masks `direct` reads the very units that it writes."""
-
-    LAYERS = ("stem", "direct", "expand", "project", "grow")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 2, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(2)
-        self.direct = nn.Conv2d(2, 2, 3, padding=1, bias=True)
-        self.bn2 = nn.BatchNorm2d(2)
-        self.expand = nn.Conv2d(2, 3, 1, bias=False)
-        self.filter = nn.Conv2d(3, 3, 3, padding=1, groups=3, bias=True)
-        self.project = nn.Conv2d(3, 2, 1, bias=False)
-        self.grow = nn.Conv2d(2, 2, 3, padding=1, bias=False)
-        self.wide = nn.Conv2d(7, 7, 3, stride=2, padding=1, groups=7, bias=False)
-        self.bn3 = nn.BatchNorm2d(7)
-        self.linear = nn.Linear(7, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        image, x = x, self.bn1(self.stem(x))
-        x = self.bn2(x + self.direct(x))
-        x = x + self.project(F.relu6(self.filter(self.expand(x))))
-        x = torch.cat([self.grow(x), x, image], 1)  # with channels that are always there
-        return self.linear(self.bn3(self.wide(x)).mean((2, 3)))
-
-
-class Twice(nn.Module):
-    """A conv that runs twice, so that it reads in the end what it writes; a sum of concatenated maps."""
-
-    LAYERS = ("stem", "again", "left", "right")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 2, 1, bias=False)
-        self.again = nn.Conv2d(2, 2, 3, padding=1, bias=True)
-        self.left = nn.Conv2d(2, 2, 1, bias=False)
-        self.right = nn.Conv2d(2, 2, 1, bias=False)
-        self.linear = nn.Conv2d(4, 5, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        y = self.again(self.again(x))
-        x = torch.cat([x, self.left(y)], 1) + torch.cat([y, self.right(y)], 1)
-        return self.linear(F.relu(x).mean((2, 3), keepdim=True)).flatten(1)
-
-
-SMALL = {"chain": Chain, "branches": Branches, "twice": Twice}
-
-
-def graph_of(net: type[nn.Module], stream: str = "free") -> ChannelGraph:
-    return ChannelGraph(sparsify(net(), list(net.LAYERS), 0.5), IMAGE_SHAPE, stream)
+RESIDUAL_MASKS = ["free", "tied"]
 
 
 def count(graph: ChannelGraph, unit: str, mask_U: np.ndarray) -> int:
@@ -114,9 +28,9 @@ def count(graph: ChannelGraph, unit: str, mask_U: np.ndarray) -> int:
 
 
 @cache
-def every_mask(net: str, stream: str) -> tuple[ChannelGraph, np.ndarray, dict[str, np.ndarray]]:
+def every_mask(net: str, residual_masks: str) -> tuple[ChannelGraph, np.ndarray, dict[str, np.ndarray]]:
     """All masks of a small network with their costs."""
-    graph = graph_of(SMALL[net], stream)
+    graph = graph_of(SMALL[net], residual_masks)
     masks_NU = np.array(list(product([False, True], repeat=graph.num_units)))
     return graph, masks_NU, {unit: np.array([count(graph, unit, mask_U) for mask_U in masks_NU]) for unit in UNITS}
 
@@ -130,10 +44,10 @@ def some_scores(num_units: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("residual_masks", RESIDUAL_MASKS)
 @pytest.mark.parametrize("net", SMALL)
-def test_the_closed_form_is_the_mean_over_all_masks(net, stream, unit):
-    graph, masks_NU, costs = every_mask(net, stream)
+def test_the_closed_form_is_the_mean_over_all_masks(net, residual_masks, unit):
+    graph, masks_NU, costs = every_mask(net, residual_masks)
     cost = ExpectedCost(graph, unit)
 
     def mean(scores_U: np.ndarray) -> float:
@@ -167,17 +81,17 @@ def test_units_that_layers_share_are_counted_once():
             x = self.stem(x)
             return self.linear((x + self.direct(x)).mean((2, 3)))
 
-    tied, free = (ExpectedCost(graph_of(Direct, stream), "flops") for stream in ("tied", "free"))
+    tied, free = (ExpectedCost(graph_of(Direct, residual_masks), "flops") for residual_masks in ("tied", "free"))
     pixels = 8 * 8
     assert tied(np.array([0.3])) == pytest.approx(0.3 * (3 * pixels + pixels + 5))
     assert free(np.array([0.3, 0.2])) == pytest.approx((0.3 * 3 + 0.3 * 0.2) * pixels + (1 - 0.7 * 0.8) * 5)
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("residual_masks", RESIDUAL_MASKS)
 @pytest.mark.parametrize("net", NETWORKS)
-def test_at_a_mask_it_is_what_that_mask_costs_and_the_gradient_what_each_unit_adds(net, stream, unit):
-    graph = graph_of(NETWORKS[net], stream)
+def test_at_a_mask_it_is_what_that_mask_costs_and_the_gradient_what_each_unit_adds(net, residual_masks, unit):
+    graph = graph_of(NETWORKS[net], residual_masks)
     cost, random = ExpectedCost(graph, unit), np.random.default_rng(0)
     assert cost.fixed == count(graph, unit, np.zeros(graph.num_units, dtype=bool))
     assert cost.dense == count(graph, unit, np.ones(graph.num_units, dtype=bool))
@@ -254,82 +168,3 @@ def test_a_budget_that_a_mask_meets_exactly(unit):
         mask_U = np.arange(graph.num_units) < kept
         fraction = count(graph, unit, mask_U) / cost.dense
         assert best_within_cost(values_U, values_U, cost, fraction * cost.dense, [])[:kept].all()
-
-
-# --- in a run -------------------------------------------------------------------------------------------------------
-
-
-def run_of(*options: str) -> Recipe:
-    """A run before its first step: VGG-16 at a sixteenth of its widths, 264 units."""
-    small = ("--arch", "vgg16", "--width-mult", "0.0625", "--batch-size", "16", "--no-finetune")
-    config = parse_args([*small, *options]).config
-    return Recipe(config, images(), new_run(config, images(), torch.device("cpu")), reporter=None, stop=None)
-
-
-@cache
-def images() -> DataSplits:
-    return load_data(parse_args([]).config, torch.device("cpu"))
-
-
-def spent(recipe: Recipe, unit: str) -> float:
-    """The expected cost of the run's scores, as a fraction of dense."""
-    cost = recipe.run.network.expected_cost(unit)
-    return cost(recipe.run.network.scores.numpy()) / cost.dense
-
-
-@pytest.mark.parametrize("unit", UNITS)
-def test_a_run_starts_at_its_budget_and_stays_in_it(unit):
-    recipe = run_of("--budget", unit, "--keep-ratio", "0.3", "--score-lr", "0.1")
-    network = recipe.run.network
-    assert len(network.scores.unique()) == 1
-    assert spent(recipe, unit) == pytest.approx(0.3, rel=1e-6)
-    for number, (part, labels) in enumerate(images().train.train_batches(16, 0, 0)):
-        recipe.step(part, labels, recipe.settings(number, 100))
-        assert spent(recipe, unit) <= 0.3 * (1 + 2e-6)  # of which 1e-6 are the scores' rounding to float32
-        if number == 4:
-            break
-    assert len(network.scores.unique()) > 10
-    assert not (network.scores.double().mean() <= 0.3)  # a budget of channels would
-    random = np.random.default_rng(0)
-    drawn = [drawn_mask(network, recipe.config, 0.3, random) for _ in range(3)]
-    for mask_U in [top_scored_mask(network, recipe.config, 0.3), *drawn]:
-        plan = network.plan(mask_U)
-        assert np.array_equal(plan.mask_U, mask_U)  # no layer is empty
-        cost = network.subnet_macs(plan) if unit == "flops" else network.subnet_parameters(plan)
-        assert cost <= 0.3 * network.expected_cost(unit).dense
-
-
-def test_a_budget_that_falls_counts_the_same_unit():
-    recipe = run_of("--budget", "flops", "--keep-ratio", "0.2", "--budget-schedule", "cubic")
-    assert spent(recipe, "flops") == 1
-    part, labels = next(images().train.train_batches(16, 0, 0))
-    recipe.step(part, labels, replace(recipe.settings(0, 100), kept_fraction=0.6))
-    assert spent(recipe, "flops") == pytest.approx(0.6, rel=2e-6)
-
-
-@pytest.mark.parametrize("unit", UNITS)
-def test_first_scores_that_overspend_are_refused_with_those_that_fit(unit):
-    options = ("--budget", unit, "--keep-ratio", "0.3", "--score-init-constant")
-    with pytest.raises(UserError, match=r"score_init_constant 0\.9 would overspend .* keep_ratio 0\.3 of the") as error:
-        run_of(*options, "0.9")
-    fitting = re.search(r"pass --score-init-constant (\S+) or less", str(error.value))[1]
-    assert float(fitting) > 0.3
-    assert 0.3 * 0.99 < spent(run_of(*options, fitting), unit) <= 0.3
-    assert spent(run_of(*options, "0.9", "--budget-schedule", "cubic"), unit) > 0.3
-
-
-@pytest.mark.parametrize("unit", UNITS)
-def test_a_budget_that_no_subnet_meets_is_refused_with_the_smallest_that_one_does(unit):
-    with pytest.raises(UserError, match=rf"keep_ratio 0\.0001 of the {unit} is less than") as error:
-        run_of("--budget", unit, "--keep-ratio", "0.0001")
-    fitting = re.search(r"pass --keep-ratio (\S+) or more", str(error.value))[1]
-    recipe = run_of("--budget", unit, "--keep-ratio", fitting)
-    network = recipe.run.network
-    assert top_scored_mask(network, recipe.config, float(fitting)).sum() == len(network.graph.vital_groups)
-
-
-def test_a_budget_by_layer_counts_channels_only():
-    assert parse_args(["--constrain-by-layer"]).config.sparsity.budget == "channels"
-    with pytest.raises(UserError, match="depends on its neighbours") as error:
-        parse_args(["--constrain-by-layer", "--budget", "flops"])
-    assert "constrain_by_layer True (command line) needs budget channels, got budget flops (command" in str(error.value)
