@@ -1,9 +1,8 @@
-"""Compact = masked = a reference written by hand: loss, gradients, running statistics, one optimizer step."""
+"""Compact = masked = a reference written by hand: loss, gradients, running statistics."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,148 +10,29 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
+from tests.channels.passes import (
+    CASES,
+    EXACT,
+    MASKS,
+    PADDING,
+    assert_same,
+    gradients_of,
+    run_network,
+    run_reference,
+    statistics_of,
+)
 from tests.toy import (
     IMAGE_SHAPE,
     NETWORKS,
-    REFERENCES,
-    Reference,
     batch,
     by_layer,
-    config,
     flat_mask,
     one_thread,  # noqa: F401
     plain_net,
     sparse_network,
 )
-from trainers.default import Draw, SearchState, StepSettings, train_step, weight_step
 from utils.channels.network import SparseNetwork
-
-# What is kept where; layers that are not named keep a random choice, never nothing.
-NOTHING: tuple[int, ...] = ()
-MASKS = {
-    "released": {
-        "random": {},
-        "stem of one": {"conv1": [4]},
-        "one channel each": {name: [width // 2] for name, width in NETWORKS["released"].LAYERS.items()},
-        "all": {name: range(width) for name, width in NETWORKS["released"].LAYERS.items()},
-        "empty branch": {"layer1.0.conv1": NOTHING, "layer1.0.conv2": NOTHING},
-        "first conv of the branch empty": {"layer1.0.conv1": NOTHING, "layer1.0.conv2": [1, 2, 5]},
-        "second conv of the branch empty": {"layer1.0.conv2": NOTHING},
-        "first conv beside a projection empty": {
-            "layer2.0.conv1": NOTHING,
-            "layer2.0.conv2": [0, 3, 4],
-            "layer2.0.shortcut.0": [3, 7],
-        },
-        "projection empty": {"layer2.0.shortcut.0": NOTHING, "layer2.0.conv2": [2, 3, 9]},
-        "branch beside a projection empty": {"layer2.0.conv2": NOTHING, "layer2.0.shortcut.0": [0, 11]},
-        "branch inside the projection": {"layer2.0.conv2": [1, 4], "layer2.0.shortcut.0": [1, 2, 4]},
-        "projection inside the branch": {"layer2.0.conv2": [1, 2, 4], "layer2.0.shortcut.0": [1, 4]},
-        "disjoint": {"conv1": [0, 1], "layer1.0.conv2": [4, 5]},
-        "the stream in full by two halves": {"conv1": [0, 1, 2], "layer1.0.conv2": [3, 4, 5]},
-    },
-    "plain": {
-        "random": {},
-        "one channel each": {"conv1": [3], "conv2": [0], "conv3": [5]},
-        "all": {name: range(width) for name, width in NETWORKS["plain"].LAYERS.items()},
-        "last channels": {"conv1": [4], "conv2": [2, 3], "conv3": [1, 5]},
-    },
-    "preactivation": {
-        "random": {},
-        "one channel each": {name: [width // 2] for name, width in NETWORKS["preactivation"].LAYERS.items()},
-        "all": {name: range(width) for name, width in NETWORKS["preactivation"].LAYERS.items()},
-        "a stream that grows": {"stem": [1], "block1.conv2": [3], "block2.conv2": [0]},
-        "a stream that does not": {"stem": [1, 3], "block1.conv2": NOTHING, "block2.conv2": [3]},
-        "empty branches": {
-            "block1.conv1": NOTHING,
-            "block1.conv2": NOTHING,
-            "block2.conv1": NOTHING,
-            "block3.conv1": NOTHING,
-            "block3.conv2": NOTHING,
-        },
-        "inner convs empty": {
-            "stem": [0],
-            "block1.conv1": NOTHING,
-            "block1.conv2": [2],
-            "block2.conv1": NOTHING,
-            "block3.conv1": NOTHING,
-            "block3.conv2": [1, 5],
-            "block3.shortcut": [0, 5],
-        },
-        "projection empty": {"block3.shortcut": NOTHING, "block3.conv2": [0, 4]},
-    },
-    "mixed": {
-        "random": {},
-        "one channel each": {name: [width // 2] for name, width in NETWORKS["mixed"].LAYERS.items()},
-        "all": {name: range(width) for name, width in NETWORKS["mixed"].LAYERS.items()},
-        "the filtered branch empty": {"expand": NOTHING, "project": NOTHING},
-        "a filter of nothing": {"expand": NOTHING, "project": [0, 2], "stem": [1, 2]},
-        "nothing grown": {"grow": NOTHING},
-        "nothing merged": {"merge": NOTHING},
-        "only the stream concatenated": {"grow": NOTHING, "merge": NOTHING},
-    },
-}
-CASES = [(kind, case) for kind, cases in MASKS.items() for case in cases]
-PADDING = (1, 4, 5, 16)  # multiples to which channel counts are padded: none, some, across the width, always in full
-EXACT = {"rtol": 1e-9, "atol": 1e-11}
-SETTINGS = StepSettings(weight_lr=0.1)
-
-
-@dataclass
-class Outcome:
-    """Everything a pass and a backward leave behind."""
-
-    loss: Tensor
-    logits: Tensor
-    gradients: dict[str, Tensor]
-    statistics: dict[str, tuple[Tensor, Tensor]]
-
-
-def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    """Zeros where backward left none."""
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-
-
-def statistics_of(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    return {name: (norm.running_mean, norm.running_var) for name, norm in norms.items()}
-
-
-def run_network(network: SparseNetwork, mask_U: np.ndarray, training: bool, data=None) -> Outcome:
-    images, labels = batch() if data is None else data
-    network.model.train(training)
-    logits = network(images, network.plan(mask_U))
-    loss = F.cross_entropy(logits, labels)
-    loss.backward()
-    return Outcome(loss.detach(), logits.detach(), gradients_of(network.model), statistics_of(network.model))
-
-
-def run_reference(kind: str, net: nn.Module, mask_U: np.ndarray, training: bool) -> Outcome:
-    images, labels = batch()
-    net.train(training)
-    run = Reference(net, by_layer(NETWORKS[kind].LAYERS, mask_U, images.dtype), {})
-    logits = REFERENCES[kind](run, images)
-    loss = F.cross_entropy(logits, labels)
-    loss.backward()
-    return Outcome(loss.detach(), logits.detach(), gradients_of(net), {**statistics_of(net), **run.statistics})
-
-
-def assert_same(one: Outcome, other: Outcome, rtol: float, atol: float) -> None:
-    close = {"rtol": rtol, "atol": atol}
-    torch.testing.assert_close(one.loss, other.loss, **close)
-    torch.testing.assert_close(one.logits, other.logits, **close)
-    assert one.gradients.keys() == other.gradients.keys()
-    for name, gradient in one.gradients.items():
-        torch.testing.assert_close(gradient, other.gradients[name], **close, msg=lambda m, n=name: f"{n}: {m}")
-    assert one.statistics.keys() == other.statistics.keys()
-    for name, pair in one.statistics.items():
-        for mine, its in zip(pair, other.statistics[name], strict=True):
-            torch.testing.assert_close(mine, its, **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(("kind", "case"), CASES)
@@ -266,181 +146,6 @@ def test_the_padding_of_this_machine_is_a_small_power_of_two():
     assert SparseNetwork(model, IMAGE_SHAPE).multiple in (4, 8, 16)
 
 
-def optimizer_step(network: SparseNetwork, mask_U: np.ndarray, training: bool) -> dict[str, Tensor]:
-    """State after two weight steps with different masks: the second moves what the first left in momentum."""
-    optimizer = torch.optim.SGD(network.weight_parameters(), lr=0.1, momentum=0.9, weight_decay=5e-2)
-    network.model.train(training)
-    full = np.ones_like(mask_U)
-    for plan in (network.plan(full), network.plan(mask_U)):
-        weight_step(network, optimizer, plan, *batch(), SETTINGS, config())
-    return network.model.state_dict()
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(
-    ("kind", "case"),
-    [
-        ("released", "random"),
-        ("released", "empty branch"),
-        ("released", "one channel each"),
-        ("plain", "random"),
-        ("preactivation", "random"),
-        ("preactivation", "inner convs empty"),
-    ],
-)
-def test_one_optimizer_step_with_momentum_and_decay(kind, case, training):
-    net, layers = plain_net(kind), NETWORKS[kind].LAYERS
-    mask_U = flat_mask(layers, MASKS[kind][case], seed=8)
-    masked = optimizer_step(sparse_network(net, layers, "masked"), mask_U, training)
-    for multiple in (1, 4):
-        compact = optimizer_step(sparse_network(net, layers, multiple=multiple), mask_U, training)
-        torch.testing.assert_close(compact, masked, **EXACT)
-
-    # and by hand: SGD over the gradients of the reference, zeros included
-    plain = copy.deepcopy(net)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-2)
-    for mask in (np.ones_like(mask_U), mask_U):
-        for parameter in plain.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        outcome = run_reference(kind, plain, mask, training)
-        optimizer.step()
-        for name, (mean, var) in outcome.statistics.items():
-            plain.get_submodule(name).running_mean.copy_(mean)
-            plain.get_submodule(name).running_var.copy_(var)
-    for name, tensor in plain.state_dict().items():
-        if "num_batches_tracked" not in name:
-            torch.testing.assert_close(masked[name], tensor, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def search_step(network: SparseNetwork, masks: list[np.ndarray], weight_samples: int) -> dict[str, Tensor]:
-    """State after one `train_step` on given masks."""
-    state = SearchState(
-        network,
-        torch.optim.SGD(network.weight_parameters(), lr=0.1, momentum=0.9, weight_decay=5e-2),
-        torch.optim.Adam([network.scores], lr=0.05),
-        torch.Generator().manual_seed(0),
-        Draw(torch.from_numpy(np.stack(masks)), [network.plan(mask) for mask in masks]),
-    )
-    network.model.train()
-    settings = StepSettings(weight_lr=0.1, score_lr=0.05, kept_fraction=0.5)
-    train_step(state, *batch(), settings, config(weight_samples=weight_samples))
-    return {**network.model.state_dict(), "next draw": state.draw.masks_KU}
-
-
-@pytest.mark.parametrize("weight_samples", [1, 2])
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_a_whole_search_step(kind, weight_samples):
-    net, layers = plain_net(kind), NETWORKS[kind].LAYERS
-    masks = [flat_mask(layers, {}, seed=11), flat_mask(layers, {}, seed=12)]
-    masked = search_step(sparse_network(net, layers, "masked"), masks, weight_samples)
-    for multiple in (1, 4):
-        compact = search_step(sparse_network(net, layers, multiple=multiple), masks, weight_samples)
-        torch.testing.assert_close(compact, masked, **EXACT)
-
-
-@pytest.mark.parametrize("execution", ["compact", "masked"])
-def test_two_weight_samples_of_which_one_is_full(execution):
-    """Scores that start at 1 (a budget that falls from 1) draw such pairs in the first steps."""
-    net, layers = plain_net("released"), NETWORKS["released"].LAYERS
-    masks = [np.ones(54, dtype=bool), flat_mask(layers, {}, seed=12)]
-    expected = [run_reference("released", copy.deepcopy(net), mask, True).gradients for mask in masks]
-    network = sparse_network(net, layers, execution)
-    search_step(network, masks, weight_samples=2)
-    for name, gradient in gradients_of(network.model).items():
-        torch.testing.assert_close(gradient, (expected[0][name] + expected[1][name]) / 2, **EXACT)
-
-
-def test_a_search_step_over_two_masks_averages_their_gradients():
-    net, layers = plain_net("released"), NETWORKS["released"].LAYERS
-    masks = [flat_mask(layers, {}, seed=11), flat_mask(layers, {}, seed=12)]
-    expected = [run_reference("released", copy.deepcopy(net), mask, True).gradients for mask in masks]
-    network = sparse_network(net, layers)
-    search_step(network, masks, weight_samples=2)
-    for name, gradient in gradients_of(network.model).items():
-        torch.testing.assert_close(gradient, (expected[0][name] + expected[1][name]) / 2, **EXACT)
-
-
-# --- mixed precision and memory layout ------------------------------------------------------------------------------
-
-NARROW = [
-    ("released", "random"),
-    ("released", "first conv of the branch empty"),
-    ("released", "first conv beside a projection empty"),
-    ("released", "empty branch"),
-    ("plain", "random"),
-    ("preactivation", "random"),
-    ("preactivation", "inner convs empty"),
-]
-
-
-@pytest.mark.parametrize(("kind", "case"), NARROW)
-def test_float32_within_1e_3(kind, case):
-    """Relative to the largest entry of each tensor; sums run in another order, that is all."""
-    net, layers = plain_net(kind, dtype=torch.float32), NETWORKS[kind].LAYERS
-    mask_U = flat_mask(layers, MASKS[kind][case], seed=5)
-    data = batch(dtype=torch.float32)
-    masked = run_network(sparse_network(net, layers, "masked"), mask_U, True, data)
-    for multiple in (1, 8):
-        compact = run_network(sparse_network(net, layers, multiple=multiple), mask_U, True, data)
-        assert_near(compact, masked, tolerance=1e-3)
-
-
-@pytest.mark.parametrize(("kind", "case"), NARROW)
-def test_bfloat16_near_float32(kind, case):
-    """Convolutions in bfloat16 (8 bits) against float32: logits within 3 %, the whole gradient within 15 %.
-
-    Seen were 0.8 % and 8 %: small maps behind several batch-norms. Parameters, gradients and statistics stay float32.
-    """
-    net, layers = plain_net(kind, dtype=torch.float32), NETWORKS[kind].LAYERS
-    mask_U = flat_mask(layers, MASKS[kind][case], seed=5)
-    images, labels = batch(32, dtype=torch.float32)
-    exact = run_network(sparse_network(net, layers, "masked"), mask_U, True, (images, labels))
-    for execution, multiple in (("masked", 1), ("compact", 1), ("compact", 4)):
-        network = sparse_network(net, layers, execution, multiple=multiple)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = network(images, network.plan(mask_U))
-        F.cross_entropy(logits.float(), labels).backward()
-        assert logits.dtype == torch.bfloat16
-        assert (logits.float() - exact.logits).abs().max() <= 0.03 * exact.logits.abs().max()
-        gradients = gradients_of(network.model)
-        assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
-        both = [torch.cat([g[name].flatten() for name in gradients]) for g in (gradients, exact.gradients)]
-        assert (both[0] - both[1]).norm() <= 0.15 * both[1].norm()
-        for name, pair in statistics_of(network.model).items():
-            for mine, its in zip(pair, exact.statistics[name], strict=True):
-                assert (mine - its).abs().max() <= 0.03 * its.abs().max().clamp(min=1), name
-
-
-def assert_near(one: Outcome, other: Outcome, tolerance: float) -> None:
-    """The largest difference of each tensor against its largest entry (of the statistics: against 1)."""
-    assert (one.loss - other.loss).abs() <= tolerance * other.loss
-    assert (one.logits - other.logits).abs().max() <= tolerance * other.logits.abs().max()
-    scale = max(gradient.abs().max() for gradient in other.gradients.values())
-    for name, gradient in one.gradients.items():
-        largest = other.gradients[name].abs().max().clamp(min=1e-2 * scale)
-        assert (gradient - other.gradients[name]).abs().max() <= tolerance * largest, name
-    for name, pair in one.statistics.items():
-        for mine, its in zip(pair, other.statistics[name], strict=True):
-            assert (mine - its).abs().max() <= tolerance * its.abs().max().clamp(min=1), name
-
-
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_channels_last_gives_the_same_numbers_and_keeps_the_layout(kind):
-    net, layers = plain_net(kind), NETWORKS[kind].LAYERS
-    mask_U = flat_mask(layers, {}, seed=5)
-    images, labels = batch()
-    expected = run_network(sparse_network(net, layers), mask_U, True)
-    net = net.to(memory_format=torch.channels_last)
-    data = images.contiguous(memory_format=torch.channels_last), labels
-    for multiple in (1, 4):
-        network = sparse_network(net, layers, multiple=multiple)
-        outcome = run_network(network, mask_U, True, data)
-        assert_same(outcome, expected, **EXACT)
-        for name, parameter in network.model.named_parameters():
-            if parameter.dim() == 4:
-                assert parameter.grad.is_contiguous(memory_format=torch.channels_last), name
-
-
 # --- small promises -------------------------------------------------------------------------------------------------
 
 
@@ -475,11 +180,6 @@ def test_images_are_never_changed():
         before = images.clone()
         network(images, network.plan(flat_mask(NETWORKS["released"].LAYERS, {})))
         assert torch.equal(images, before)
-
-
-def test_released_semantics_refuse_compact_execution():
-    with pytest.raises(ValueError, match="released"):
-        SparseNetwork(plain_net("released"), IMAGE_SHAPE, "compact", "released")
 
 
 def test_layer_scores_are_views_of_the_flat_vector():

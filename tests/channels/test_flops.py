@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from args import ModelConfig
-from models import build_model
+from models import build_model, maskable_convs
 from tests.toy import (
     NETWORKS,
     batch,
@@ -22,6 +23,14 @@ from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
 from utils.conv_type import sparsify
 from utils.run.metrics import CostLedger
+
+
+def network_of(
+    arch: str, width_mult: float = 1.0, image_shape: tuple[int, int, int] = (3, 32, 32), **options: Any
+) -> SparseNetwork:
+    model = build_model(arch, 10, image_shape[0], image_shape[1], width_mult)
+    sparsify(model, maskable_convs(model, first_layer_dense=False, last_layer_dense=False))
+    return SparseNetwork(model, image_shape, **options)
 
 
 def counted_macs(network: SparseNetwork, plan: Plan, image_shape: tuple[int, int, int]) -> int:
@@ -163,8 +172,7 @@ def test_toy_networks(kind, case):
 def test_networks_of_the_registry(arch, width_mult, size, case):
     """Zero channels too: where the guard permits (a branch, one of a pair), else it leaves one."""
     image_shape = (3, size, size)
-    model = build_model(ModelConfig(arch=arch, width_mult=width_mult), 0.5, 10, 3, 32)
-    network = SparseNetwork(model, image_shape)
+    network = network_of(arch, width_mult, image_shape)
     random = np.random.default_rng(3)
     mask_U = {
         "random": random.random(network.num_units) < 0.5,
@@ -179,7 +187,7 @@ def test_networks_of_the_registry(arch, width_mult, size, case):
     network.multiple = 1  # no padding
     plan = network.plan(mask_U)
     assert network.subnet_macs(plan) == counted_macs(network, plan, image_shape)
-    masked = SparseNetwork(model, image_shape, "masked")
+    masked = network_of(arch, width_mult, image_shape, execution="masked")
     assert masked.executed_macs(plan) == masked.dense_macs == counted_macs(masked, plan, image_shape)
     assert masked.subnet_macs(plan) == network.subnet_macs(plan)
 
@@ -217,7 +225,7 @@ def test_resnet20_he_against_the_published_size():
 
     Ours project instead: 16 x 32 and 32 x 64 weights with a batch-norm each, read once per output pixel.
     """
-    network = SparseNetwork(build_model(ModelConfig(arch="resnet20_he"), 0.5, 10, 3, 32), (3, 32, 32))
+    network = network_of("resnet20_he")
     stem = 3 * 16 * 9
     stage1 = 6 * 16 * 16 * 9
     stage2 = 16 * 32 * 9 + 5 * 32 * 32 * 9
@@ -235,7 +243,7 @@ def test_resnet20_he_against_the_published_size():
 
 def test_vgg16_against_the_published_size():
     """Li et al. (2017) give 3.13e8 multiply-adds for their CIFAR VGG-16, its 512 -> 512 hidden layer included."""
-    network = SparseNetwork(build_model(ModelConfig(arch="vgg16"), 0.5, 10, 3, 32), (3, 32, 32))
+    network = network_of("vgg16")
     widths, sides = (64, 64, 128, 128, *[256] * 3, *[512] * 6), (32, 32, 16, 16, *[8] * 3, *[4] * 3, *[2] * 3)
     channels = (3, *widths)
     convs = [channels[i] * channels[i + 1] * 9 for i in range(13)]
@@ -245,8 +253,7 @@ def test_vgg16_against_the_published_size():
 
 
 def test_half_the_channels_of_a_chain_cost_a_quarter():
-    model = build_model(ModelConfig(arch="vgg16", width_mult=0.125), 0.5, 10, 3, 32)
-    network = SparseNetwork(model, (3, 32, 32))
+    network = network_of("vgg16", 0.125)
     half = np.concatenate([np.arange(c.out_channels) % 2 == 0 for c in network.layers.values()])
     macs = network.graph.layer_macs(network.plan(half).counts)
     dense = network.graph.layer_macs(network.dense_plan.counts)

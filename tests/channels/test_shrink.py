@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from trainers.retirement import retire
+from utils.algorithm.estimator import subbatch_gradient, vrpge_gradient
 
 from args import ModelConfig, SparsityConfig
 from models import build_model
 from tests.toy import config
 from trainers.default import SearchState, StepSettings, draw_masks, num_masks, train_step
-from trainers.retirement import retire
-from utils.algorithm.estimator import subbatch_gradient, vrpge_gradient
 from utils.channels.network import SparseNetwork
 from utils.channels.shrink import stays_zero, store_only
 
