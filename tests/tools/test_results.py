@@ -1,14 +1,16 @@
 """What is committed of runs: every table is what its record says, the README and the recipes what the tables say."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from args import config_from_dict, parse_args
+from args import config_to_dict, parse_args
 from tools import reproduce
-from tools.table_file import hashed_options, read_table
+from tools.table_report import Record
+from tools.tables import config_hash, options_of, read_table
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECORDS = sorted((PROJECT / "results").glob("*.runs.json"))
@@ -67,4 +69,15 @@ def test_a_recipe_is_the_trial_that_it_comes_from(recipe, table, row):
     trial = read_table(PROJECT / f"configs/tables/{table}.yaml").rows[row]
     images = ["--data", trial.options["data"]] if "data" in trial.options else []
     given = parse_args(["--config", str(PROJECT / f"configs/{recipe}.yaml"), *images])
-    assert hashed_options(given.config) == hashed_options(config_from_dict(trial.options, trial.where))
+    assert options_of(config_to_dict(given.config), recipe) == options_of(trial.options, trial.where)
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name.split(".")[0])
+def test_a_committed_record_has_every_run_once_and_its_options_are_all_read(record):
+    stored = json.loads(record.read_text())
+    known = Record(record)
+    assert known.unreadable == {}
+    assert len(known.runs) == len(stored["runs"])
+    assert {run.hash for run in known.runs} == set(stored["configs"])
+    for name, options in stored["configs"].items():
+        assert name == config_hash(options, stored["defaults"])
