@@ -167,7 +167,8 @@ def losses_under(
 ) -> tuple[Tensor, list[Plan]]:
     """The losses (K,) of one batch under all plans, and the plans that ran.
 
-    The first plan has run already, with loss `first`. The same subnet on the same batch has the same loss, so a repeated plan does not run again.
+    The first plan has run already, with loss `first`. The same subnet on the same batch has the same loss, so a
+    repeated plan does not run again.
     """
     images, labels = batch
     losses, ran = [first.detach()], [plans[0]]

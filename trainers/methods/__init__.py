@@ -1,8 +1,8 @@
 """VR-PGE and its competitors (`--method`): one file each, registered by name in `args.METHODS`.
 
 All are run by `trainers/recipe.py`, so they share images, augmentation, schedules, number of epochs, held-out images
-and the rule by which FLOPs are counted. The channel graph knows everything that belongs to a unit, so nothing here needs
-a pruning package.
+and the rule by which FLOPs are counted. The channel graph knows everything that belongs to a unit, so nothing here
+needs a pruning package.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ class VRPGEEstimator(Estimator):
 
         g = 1 / (K - 1) * sum_k (L_k - mean(L)) * z_k,    z_k = (m_k - s) / (s (1 - s))^(1 - alpha)
 
-    For K = 2 this is (L - L') / 2 * (z - z'). Its mean is (s (1 - s))^alpha times the gradient of the expected loss, and
-    alpha in [1/2, 1) bounds its variance as s goes to 0 or 1. The estimate is exactly 0 where a score is exactly 0 or 1,
-    where all masks agree, and everywhere if the losses are equal. It costs K forward passes.
+    For K = 2 this is (L - L') / 2 * (z - z'). Its mean is (s (1 - s))^alpha times the gradient of the expected loss,
+    and alpha in [1/2, 1) bounds its variance as s goes to 0 or 1. The estimate is exactly 0 where a score is exactly 0
+    or 1, where all masks agree, and everywhere if the losses are equal. It costs K forward passes.
 
     Source: released code with alpha = 1/2. The paper's one-sided form (L - L') z has the same mean and never less
         variance.
