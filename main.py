@@ -27,9 +27,9 @@ def _run(argv: Sequence[str] | None) -> int:
     if arguments.config.run.print_config and arguments.config.run.resume is None:
         print(config_to_yaml(arguments.config, arguments.origin), end="")
         return 0
-    from trainers.session import start  # torch takes seconds to import: only once the options are known good
+    from trainers.session import Session  # torch takes seconds to import: only once the options are known good
 
-    return start(arguments, ["main.py", *(sys.argv[1:] if argv is None else argv)])
+    return Session(arguments, ["main.py", *(sys.argv[1:] if argv is None else argv)]).start()
 
 
 if __name__ == "__main__":

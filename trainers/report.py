@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,53 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device}: {torch.cuda.get_device_name(device)}"
     return f"cpu, {torch.get_num_threads()} threads"
+
+
+# ---- the first and the last lines of a run ----
+
+
+def describe(config: Config, data: DataSplits, run: RunState) -> None:
+    """The first lines of a run: what is trained, on what, where."""
+    network = run.network
+    announce(f"device: {device_name(network.device)}, {config.train.precision}")
+    announce(
+        f"data: {config.data.set}, {len(data.train):,} training, {len(data.holdout):,} held-out and "
+        f"{len(data.test):,} test images, {data.num_classes} classes, {data.image_size}x{data.image_size}"
+    )
+    if num_ranks() > 1:
+        part, rest = divmod(config.train.batch_size, num_ranks())
+        sizes = f"{part} or {part + 1}" if rest else f"{part}"
+        masks = {"shared": "the same masks", "independent": "masks of its own"}[config.sparsity.rank_masks]
+        draws = run.search is not None and run.search.masks is not None
+        announce(
+            f"batch size {config.train.batch_size}: {num_ranks()} ranks x {sizes}"
+            + (f", each with {masks}" if draws else "")
+        )
+    size = f"{network.dense_parameters / 1e6:.2f} M parameters, {network.dense_macs / 1e6:.1f} M multiply-adds"
+    announce(f"network: {config.model.arch}, dense {size}")
+    if network.num_units:
+        kept, counted = config.sparsity.keep_ratio, config.sparsity.budget
+        units = f"{network.num_units:,} units in {len(network.layers)} layers"
+        if counted == "channels":
+            budget = f"{units} (at most {kept * network.num_units:,.0f} expected)"
+        else:
+            most = kept * network.expected_cost(counted).dense / 1e6
+            what = {"params": "parameters", "flops": "multiply-adds"}[counted]
+            budget = f"the {what} (at most {most:,.2f} M expected), choosing among {units}"
+        announce(f"{config.method}: keeping {100 * kept:g} % of {budget}; {network.execution} execution")
+
+
+def print_result(summary: dict[str, Any], config: Config) -> None:
+    """The last lines of a run."""
+    kept = "" if summary["units_kept"] is None else f", {100 * summary['units_kept']:.1f} % of its units kept"
+    print(
+        f"\ntrained {summary['arch']} on {summary['set']}: {summary['epochs']} epochs in "
+        f"{summary['seconds']:.0f} s ({summary['train_seconds']:.0f} s of training steps){kept}\n"
+        f"test accuracy      {summary['test_top1']:.2f} % top-1, {summary['test_top5']:.2f} % top-5\n"
+        f"inference FLOPs    {100 * summary['flops_ratio']:.1f} % of dense, "
+        f"parameters {100 * summary['params_kept']:.1f} %\n"
+        f"training FLOPs     {100 * summary['train_flops_ratio']:.1f} % of dense training for as many epochs\n"
+        f"run folder         {summary['run']}\n"
+        f"curves             tensorboard --logdir {shlex.quote(config.run.log_dir)} --host 127.0.0.1\n"
+        f"same number again  python main.py --evaluate --resume {shlex.quote(summary['run'])}"
+    )
