@@ -6,14 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from args import parse_args
-from main import main
-from tests.channels.test_shrink import images_and_labels, network_of
-from tests.toy import NETWORKS, batch, plain_net, sparse_network
-from trainers.default import backward
+from tests.channels.registry import images_and_labels, network_of
+from tests.toy import NETWORKS, batch, one_thread, plain_net, sparse_network  # noqa: F401
+from trainers.default import backward_
 from utils.channels.network import SparseNetwork
 from utils.channels.norms import GateReader, norms_behind
-from utils.channels.shrink import store_only
+from utils.channels.shrink import shrink_to
 
 STEP = 1e-5
 
@@ -45,7 +43,7 @@ def test_gates_are_slopes_of_the_loss(kind, execution):
     reader, norms = GateReader(network), norms_behind(network)
     mask_U = np.random.default_rng(1).random(network.num_units) < 0.6
     images, labels = batch()
-    backward(network, loss_of(network, mask_U, images, labels), network.weight_parameters(), len(labels))
+    backward_(network, loss_of(network, mask_U, images, labels), len(labels))
     plan = network.plan(mask_U)
     gradients_U, observed_U, num_images = reader.read(plan, len(labels))
     assert num_images == len(labels)
@@ -64,22 +62,22 @@ def test_gates_are_slopes_of_the_loss(kind, execution):
 
 
 def test_a_norm_that_two_tied_layers_share_is_read_once():
-    network = network_of("wrn16_8", 0.03, stream="tied")
+    network = network_of("wrn16_8", 0.03, residual_masks="tied")
     places = [(norm, int(units[0])) for norm, units, _ in GateReader(network).places]
     assert len(places) == len(set(places)) < len(network.layers)
 
 
-@pytest.mark.parametrize("stream", ["free", "tied"])
-def test_gates_of_a_network_with_retired_units(stream):
-    network = network_of("resnet20_he", 0.25, stream=stream)
+@pytest.mark.parametrize("residual_masks", ["free", "tied"])
+def test_gates_of_a_network_that_has_shrunk(residual_masks):
+    network = network_of("resnet20_he", 0.25, residual_masks=residual_masks)
     network.model.train()
     images, labels = images_and_labels()
     reader = GateReader(network)
     assert reader.readable_U.all()
     random = np.random.default_rng(2)
-    store_only(network, random.random(network.num_units) < 0.7)
+    shrink_to(network, random.random(network.num_units) < 0.7)
     mask_U = network.stored_units & (random.random(network.num_units) < 0.7)
-    backward(network, loss_of(network, mask_U, images, labels), network.weight_parameters(), len(labels))
+    backward_(network, loss_of(network, mask_U, images, labels), len(labels))
     plan = network.plan(mask_U)
     gradients_U, observed_U, num_images = reader.read(plan, len(labels))
     assert num_images == len(labels)
@@ -94,9 +92,3 @@ def test_gates_of_a_network_with_retired_units(stream):
             place = int(stored_C[:channel].sum())
             expected = slope(network, names, place, lambda: loss_of(network, mask_U, images, labels))
             assert float(gradients_U[first + channel]) == pytest.approx(expected, rel=1e-4, abs=1e-7)
-
-
-def test_gates_of_several_masks_are_refused(capsys):
-    assert main(["--estimator", "linear_cv_gates", "--K", "3", "--weight-samples", "2"]) == 2
-    assert "reads the gradients of one mask, so it needs weight_samples 1" in capsys.readouterr().err
-    assert parse_args(["--estimator", "linear_cv_gates", "--K", "3"]).config.sparsity.K == 3

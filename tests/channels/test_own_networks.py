@@ -16,8 +16,9 @@ from tests.toy import (
     config,
     one_thread,  # noqa: F401
     randomise,
+    search_of,
 )
-from trainers.default import Draw, SearchState, StepSettings, train_step
+from trainers.default import StepSettings, train_step
 from utils.channels.network import SparseNetwork
 from utils.conv_type import sparsify, subnet_convs
 
@@ -42,33 +43,28 @@ BUILDERS = {
 }
 
 
-def converted(plain: nn.Module, execution: str, stream: str) -> SparseNetwork:
+def converted(plain: nn.Module, execution: str, residual_masks: str) -> SparseNetwork:
     model = sparsify(copy.deepcopy(plain)).double()
-    return SparseNetwork(model, IMAGE_SHAPE, execution, stream=stream)
+    return SparseNetwork(model, IMAGE_SHAPE, execution=execution, residual_masks=residual_masks)
 
 
 def one_step(network: SparseNetwork, masks_KU: np.ndarray) -> dict[str, torch.Tensor]:
     """What one training step under given masks leaves: parameters, scores and running statistics."""
-    state = SearchState(
-        network,
-        torch.optim.SGD(network.weight_parameters(), lr=0.1, momentum=0.9),
-        torch.optim.Adam([network.scores], lr=0.01),
-        torch.Generator().manual_seed(0),
-        Draw(torch.from_numpy(masks_KU), [network.plan(mask_U) for mask_U in masks_KU]),
-    )
-    metrics = train_step(state, *batch(4, image_shape=IMAGE_SHAPE), StepSettings(0.1, 0.01, 0.5), config())
-    return {**network.model.state_dict(), **metrics}
+    search = search_of(network, config(), masks_KU=torch.from_numpy(masks_KU))
+    images_and_labels = batch(4, image_shape=IMAGE_SHAPE)
+    result = train_step(search, *images_and_labels, StepSettings(0.1, score_lr=0.01, keep_ratio=0.5), config())
+    return {**network.model.state_dict(), **result.metrics}
 
 
 @pytest.mark.parametrize(
-    ("arch", "stream"),
+    ("arch", "residual_masks"),
     [("resnet18", "free"), ("resnet18", "tied"), ("vgg16_bn", "free"), ("mobilenet_v2", "free"),
      ("mobilenet_v2", "tied"), ("densenet121", "free")],
 )  # fmt: skip
-def test_a_step_of_torchvisions_networks(arch, stream):
+def test_a_step_of_torchvisions_networks(arch, residual_masks):
     torch.manual_seed(0)
     plain = randomise(BUILDERS[arch](), seed=1)
-    compact, masked = (converted(plain, execution, stream) for execution in ("compact", "masked"))
+    compact, masked = (converted(plain, execution, residual_masks) for execution in ("compact", "masked"))
     num_convs = sum(isinstance(module, nn.Conv2d) and module.groups == 1 for module in plain.modules())
     assert len(compact.layers) == num_convs
     masks_KU = np.random.default_rng(0).random((2, compact.num_units)) < 0.4

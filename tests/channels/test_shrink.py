@@ -1,74 +1,61 @@
-"""Retired units leave the parameters, and nothing else changes; tied streams; cheaper structure steps."""
+"""Units that leave the parameters change nothing else; layers of one residual stream that are tied share units."""
 
-import dataclasses
+from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from trainers.retirement import retire
-from utils.algorithm.estimator import subbatch_gradient, vrpge_gradient
+import torch.nn.functional as F
 
-from args import ModelConfig, SparsityConfig
-from models import build_model
-from tests.toy import config
-from trainers.default import SearchState, StepSettings, draw_masks, num_masks, train_step
-from utils.channels.network import SparseNetwork
-from utils.channels.shrink import stays_zero, store_only
+from tests.channels.registry import NETWORKS, images_and_labels, network_of
+from tests.channels.small import SMALL
+from tests.toy import (
+    config,
+    one_thread,  # noqa: F401
+    search_of,
+    sparse_network,
+)
+from trainers.default import StepSettings, train_step
+from trainers.state import Search
+from utils.channels.shrink import drop_dead_units, shrink_to, stays_zero
 
-IMAGE_SHAPE = (3, 32, 32)
-NETWORKS = [("vgg16", 0.0625), ("resnet20_he", 0.25), ("wrn28_10", 0.03)]
-
-
-def network_of(arch: str, width_mult: float, **options) -> SparseNetwork:
-    """In float64, with batch-norms that are not trivial."""
-    torch.manual_seed(3)
-    model = build_model(ModelConfig(arch=arch, width_mult=width_mult), 0.5, 10, 3, 32).double()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and not name.endswith("scores"):
-            torch.nn.init.uniform_(parameter, 0.2, 1.0)
-    return SparseNetwork(model.to(memory_format=torch.channels_last), IMAGE_SHAPE, **options)
+CLOSE = {"rtol": 1e-7, "atol": 1e-9}
 
 
-def state_of(network: SparseNetwork, sparsity: SparsityConfig) -> SearchState:
-    generator = torch.Generator().manual_seed(0)
-    return SearchState(
-        network=network,
-        weight_optimizer=torch.optim.SGD(network.weight_parameters(), 0.05, 0.9, weight_decay=5e-4, fused=True),
-        score_optimizer=torch.optim.Adam([network.scores], lr=0.2),
-        generator=generator,
-        draw=draw_masks(network, generator, num_masks(sparsity)),
-    )
+def search_in(arch: str, width_mult: float, estimator: str = "vrpge", residual_masks: str = "free") -> Search:
+    network = network_of(arch, width_mult, residual_masks=residual_masks)
+    weights = torch.optim.SGD(network.weight_parameters(), 0.05, 0.9, weight_decay=5e-4, fused=True)
+    return search_of(network, config(estimator=estimator), weight_optimizer=weights)
 
 
-def images_and_labels(size: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn((size, *IMAGE_SHAPE), generator=generator, dtype=torch.float64)
-    return images, torch.randint(10, (size,), generator=generator)
-
-
-@pytest.mark.parametrize("stream", ["free", "tied"])
+@pytest.mark.parametrize("residual_masks", ["free", "tied"])
+@pytest.mark.parametrize("estimator", ["vrpge", "linear_cv_gates"])
 @pytest.mark.parametrize(("arch", "width_mult"), NETWORKS)
-def test_the_trajectory_is_the_same_with_and_without_retirement(arch, width_mult, stream):
-    states = [state_of(network_of(arch, width_mult, stream=stream), SparsityConfig()) for _ in range(2)]
-    settings, num_retired = StepSettings(weight_lr=0.05, score_lr=0.2, kept_fraction=0.3), 0
+def test_a_search_takes_the_same_steps_whether_dead_units_leave_or_not(arch, width_mult, estimator, residual_masks):
+    whole, shrinking = (search_in(arch, width_mult, estimator, residual_masks) for _ in range(2))
+    options, num_left = config(estimator=estimator, batch_size=8), 0
+    settings = StepSettings(weight_lr=0.05, score_lr=0.2, keep_ratio=0.3)
     for step in range(8):
-        images, labels = images_and_labels(seed=step)
-        kept, retiring = (train_step(state, images, labels, settings, config()) for state in states)
-        for name, value in kept.items():
-            torch.testing.assert_close(retiring[name], value, rtol=1e-7, atol=1e-9, msg=name)
-        torch.testing.assert_close(states[1].network.scores, states[0].network.scores, rtol=1e-7, atol=1e-9)
-        num_retired += retire(states[1])
-    assert num_retired > 0.2 * states[0].network.num_units
-    sizes = [sum(p.numel() for p in state.network.weight_parameters()) for state in states]
+        kept, other = (train_step(s, *images_and_labels(seed=step), settings, options) for s in (whole, shrinking))
+        for name, value in kept.metrics.items():
+            torch.testing.assert_close(other.metrics[name], value, **CLOSE, msg=name)
+        assert [cost[0] for cost in other.forward] == [cost[0] for cost in kept.forward]
+        torch.testing.assert_close(shrinking.network.scores, whole.network.scores, **CLOSE)
+        for name, value in whole.estimator.state_dict().items():
+            torch.testing.assert_close(shrinking.estimator.state_dict()[name], value, rtol=1e-6, atol=1e-8, msg=name)
+        num_left += drop_dead_units(shrinking.network, shrinking.score_optimizer, shrinking.weight_optimizer)
+    assert num_left > 0.2 * whole.network.num_units
+    assert num_left == (~shrinking.network.stored_units).sum()
+    sizes = [sum(p.numel() for p in search.network.weight_parameters()) for search in (whole, shrinking)]
     assert sizes[1] < 0.8 * sizes[0]
-    momenta = [sum(s["momentum_buffer"].numel() for s in state.weight_optimizer.state.values()) for state in states]
-    assert momenta[1] == sizes[1]
-    mask_U = states[1].network.stored_units & (states[1].network.scores.numpy() > 0.5)
-    for state in states:
-        state.network.model.eval()
+    momenta = [state["momentum_buffer"] for state in shrinking.weight_optimizer.state.values()]
+    assert sum(momentum.numel() for momentum in momenta) == sizes[1]
+    mask_U = shrinking.network.stored_units & (shrinking.network.scores.numpy() > 0.5)
     images, _ = images_and_labels(seed=99)
-    full, small = (state.network(images, state.network.plan(mask_U)) for state in states)
-    torch.testing.assert_close(small, full, rtol=1e-7, atol=1e-9)
+    for network in (whole.network, shrinking.network):
+        network.model.eval()
+    logits = [network(images, network.plan(mask_U)) for network in (whole.network, shrinking.network)]
+    torch.testing.assert_close(logits[1], logits[0], **CLOSE)
 
 
 def test_which_scores_stay_zero():
@@ -83,59 +70,90 @@ def test_which_scores_stay_zero():
     assert stays_zero(scores, descent).tolist() == [False, True, False, False]
 
 
-def test_a_retired_unit_cannot_be_kept_again():
+def test_what_is_left_are_the_rows_and_columns_of_live_channels():
+    """By hand on a chain: a convolution in the middle without units, and a flatten that reads four pixels each."""
+    network = sparse_network(SMALL["chain"]().double(), SMALL["chain"].LAYERS)
+    before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
+    images, _ = images_and_labels()
+    F.cross_entropy(network(images[:, :, :8, :8], network.dense_plan), torch.arange(8) % 5).backward()
+    units_U = np.array([True, False, True, False, True, True, False])
+    assert shrink_to(network, units_U, keep_fallback=False) == 3
+    one, three, columns = [0, 2], [1, 2], [4, 5, 6, 7, 8, 9, 10, 11]
+    expected = before | {f"conv1.{key}": before[f"conv1.{key}"][one] for key in ("weight", "bias")}
+    expected |= {f"bn.{key}": before[f"bn.{key}"][one] for key in ("weight", "bias", "running_mean", "running_var")}
+    expected["conv2.weight"] = before["conv2.weight"][:, one]
+    expected["conv3.weight"] = before["conv3.weight"][three]
+    expected["linear.weight"] = before["linear.weight"][:, columns]
+    for name, tensor in network.model.state_dict().items():
+        if "running" not in name:  # which the pass above moved
+            assert torch.equal(tensor, expected[name]), name
+        assert tensor.shape == expected[name].shape
+    assert all(parameter.grad is None for parameter in network.weight_parameters())
+
+
+def test_a_unit_that_has_left_cannot_be_kept_again():
     network = network_of("vgg16", 0.0625)
-    units = np.random.default_rng(0).random(network.num_units) < 0.5
-    assert store_only(network, units) > 0
-    with pytest.raises(AssertionError, match="retired"):
+    units_U = np.random.default_rng(0).random(network.num_units) < 0.5
+    assert shrink_to(network, units_U) > 0
+    with pytest.raises(AssertionError, match="have left the parameters"):
         network.plan(np.ones(network.num_units, dtype=bool))
 
 
-def test_the_fallback_of_the_layer_guard_never_retires():
+def test_the_fallback_of_the_layer_guard_stays_unless_it_is_not_needed():
     network = network_of("vgg16", 0.0625)
-    store_only(network, np.zeros(network.num_units, dtype=bool))
+    shrink_to(network, np.zeros(network.num_units, dtype=bool))
     network.scores.data.zero_()
     plan = network.plan(np.zeros(network.num_units, dtype=bool))
-    images, _ = images_and_labels()
-    assert network(images, plan).shape == (8, 10)
+    assert network(images_and_labels()[0], plan).shape == (8, 10)
     assert network.stored_units.sum() == len(network.layers)
+
+    network = network_of("vgg16", 0.0625)
+    last_U = np.zeros(network.num_units, dtype=bool)
+    last_U[[group[-1] for group in network.graph.vital_groups]] = True
+    shrink_to(network, last_U, keep_fallback=False)
+    assert np.array_equal(network.stored_units, last_U)
+    assert network(images_and_labels()[0], network.plan(last_U)).shape == (8, 10)
 
 
 def test_cutting_twice_is_cutting_once():
     once, twice = (network_of("resnet20_he", 0.25) for _ in range(2))
     random = np.random.default_rng(1)
-    first = random.random(once.num_units) < 0.7
-    second = first & (random.random(once.num_units) < 0.7)
-    store_only(once, second)
-    store_only(twice, first)
-    store_only(twice, second)
-    for a, b in zip(once.model.state_dict().values(), twice.model.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
+    first_U = random.random(once.num_units) < 0.7
+    second_U = random.random(once.num_units) < 0.7
+    shrink_to(once, first_U & second_U)
+    shrink_to(twice, first_U)
+    shrink_to(twice, second_U)  # what was cut before stays cut
+    for one, other in zip(once.model.state_dict().values(), twice.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_layer_that_runs_on_different_channels_cannot_shrink():
+    network = sparse_network(SMALL["twice"](), SMALL["twice"].LAYERS)
+    with pytest.raises(ValueError, match="again runs on different channels"):
+        shrink_to(network, np.arange(network.num_units) > 1)
+
+
+# --- tied residual masks --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("arch", "width_mult"), NETWORKS)
 def test_tied_compact_equals_tied_masked(arch, width_mult):
-    compact, masked = (network_of(arch, width_mult, stream="tied", execution=e) for e in ("compact", "masked"))
+    networks = [network_of(arch, width_mult, residual_masks="tied", execution=e) for e in ("compact", "masked")]
     for seed in range(3):
-        mask_U = np.random.default_rng(seed).random(compact.num_units) < 0.4
+        mask_U = np.random.default_rng(seed).random(networks[0].num_units) < 0.4
         images, labels = images_and_labels(seed=seed)
-        results = []
-        for network in (compact, masked):
+        for network in networks:
             network.model.zero_grad()
-            logits = network(images, network.plan(mask_U))
-            torch.nn.functional.cross_entropy(logits, labels).backward()
-            results.append(logits)
-        torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-11)
-        for one, other in zip(compact.weight_parameters(), masked.weight_parameters(), strict=True):
-            torch.testing.assert_close(
-                one.grad if one.grad is not None else torch.zeros_like(one), other.grad, rtol=1e-8, atol=1e-10
-            )
-        for one, other in zip(compact.model.buffers(), masked.model.buffers(), strict=True):
+            F.cross_entropy(network(images, network.plan(mask_U)), labels).backward()
+        for one, other in zip(*(network.weight_parameters() for network in networks), strict=True):
+            gradient = torch.zeros_like(one) if one.grad is None else one.grad
+            torch.testing.assert_close(gradient, other.grad, rtol=1e-8, atol=1e-10)
+        for one, other in zip(*(network.model.buffers() for network in networks), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 def test_tied_layers_share_units_and_the_stream_is_as_wide_as_they_keep():
-    free, tied = (network_of("resnet20_he", 0.25, stream=stream) for stream in ("free", "tied"))
+    free, tied = (network_of("resnet20_he", 0.25, residual_masks=masks) for masks in ("free", "tied"))
     writers = [name for name in tied.layers if name == "conv1" or (name.startswith("layer1") and "conv2" in name)]
     assert len({tied.graph.first_unit[name] for name in writers}) == 1
     assert len({free.graph.first_unit[name] for name in writers}) == len(writers) == 4
@@ -143,56 +161,7 @@ def test_tied_layers_share_units_and_the_stream_is_as_wide_as_they_keep():
     assert tied.num_units == sum((1 + 3) * width for width in (4, 8, 16))
     tied.scores.data.copy_(torch.arange(tied.num_units))
     assert all(torch.equal(tied.layers[name].scores, tied.layers["conv1"].scores) for name in writers)
-    mask_U = np.random.default_rng(0).random(tied.num_units) < 0.5
-    plan = tied.plan(mask_U)
+    plan = tied.plan(np.random.default_rng(0).random(tied.num_units) < 0.5)
     sums = [op for op in tied.graph.ops if op.kind == "add"]
     assert all(tied.graph.ops[i].space == op.space for op in sums for i in op.inputs)
     assert plan.positions == {}
-
-
-def test_scores_move_only_every_nth_step_and_other_steps_run_one_pass(monkeypatch):
-    state = state_of(network_of("vgg16", 0.0625), SparsityConfig())
-    passes = []
-    forward = SparseNetwork.__call__
-    monkeypatch.setattr(SparseNetwork, "__call__", lambda *a, **k: passes.append(1) or forward(*a, **k))
-    before = state.network.scores.clone()
-    images, labels = images_and_labels()
-    train_step(state, images, labels, StepSettings(0.05, 0.1, 0.5, update_scores=False), config())
-    assert torch.equal(state.network.scores, before)
-    assert len(passes) == 1
-    train_step(state, images, labels, StepSettings(0.05, 0.1, 0.5), config())
-    assert not torch.equal(state.network.scores, before)
-    assert len(passes) == 3
-
-
-def test_subbatch_estimator_is_unbiased_when_every_part_has_its_own_losses():
-    """By enumeration of three masks of three units: the mean over parts of the true gradients."""
-    scores = torch.tensor([0.3, 0.6, 0.8], dtype=torch.float64)
-    bits = torch.tensor([[i >> k & 1 for k in range(3)] for i in range(8)], dtype=torch.bool)
-    probability = torch.where(bits, scores, 1 - scores).prod(dim=1)
-    tables = torch.randn((2, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # (part, mask)
-    mean = torch.zeros(3, dtype=torch.float64)
-    for i in range(8):
-        for j in range(8):
-            for k in range(8):
-                losses = torch.stack([tables[0, [i, j]], tables[1, [i, k]]])
-                weight = probability[i] * probability[j] * probability[k]
-                mean += weight * subbatch_gradient(scores, bits[[i, j, k]], losses)
-    expected = torch.zeros(3, dtype=torch.float64)
-    for i in range(8):
-        for j in range(8):
-            losses = tables[:, [i, j]].mean(dim=0)
-            expected += probability[i] * probability[j] * vrpge_gradient(scores, bits[[i, j]], losses)
-    torch.testing.assert_close(mean, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_a_subbatch_step_trains_with_one_extra_mask_for_each_part():
-    sparsity = SparsityConfig(subbatch=4)
-    state = state_of(network_of("vgg16", 0.0625), sparsity)
-    assert state.draw.masks_KU.shape == (5, state.network.num_units)
-    before = state.network.scores.clone()
-    images, labels = images_and_labels()
-    options = dataclasses.replace(config(), sparsity=sparsity)
-    metrics = train_step(state, images, labels, StepSettings(0.05, 0.1, 0.5), options)
-    assert torch.isfinite(metrics["loss"])
-    assert not torch.equal(state.network.scores, before)
