@@ -1,8 +1,6 @@
-"""The registry: what each name builds, what becomes maskable, and with which first weights."""
+"""The registry: what each name builds, which layers become maskable, and that it computes what it should."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,17 +8,16 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
-from args import ARCHS, ModelConfig
-from models import LARGE_IMAGE, MODELS, build_model, maskable_convs
-from tests.toy import config as run_config
-from tests.toy import one_thread  # noqa: F401
-from trainers.default import Draw, SearchState, StepSettings, train_step
+from args import ARCHS
+from models import LARGE_IMAGE, MODELS, build_model
+from tests.models.nets import build, maskable
+from tests.toy import config, one_thread, search_of  # noqa: F401
+from trainers.default import StepSettings, train_step
 from utils.channels.graph import ChannelGraph
 from utils.channels.network import SparseNetwork
 from utils.conv_type import VRPGE, SubnetBatchNorm, SubnetConv, subnet_convs
 from utils.errors import UserError
 
-SMALL = ModelConfig(arch="resnet20", width_mult=0.125)
 LARGE_FORMS = ("vgg", "mobilenet", "resnet18", "resnet34", "resnet50", "resnet101")  # how their names start
 HAVE_LARGE_FORM = [arch for arch in MODELS if arch.startswith(LARGE_FORMS)]
 BY_FORM = [(arch, 32) for arch in MODELS] + [(arch, LARGE_IMAGE) for arch in HAVE_LARGE_FORM]
@@ -29,17 +26,10 @@ IN_TORCHVISION = {f"vgg{depth}": f"vgg{depth}_bn" for depth in (11, 13, 16, 19)}
 }
 
 
-def build(
-    config: ModelConfig, seed: int = 0, num_classes: int = 10, in_channels: int = 3, image_size: int = 32
-) -> nn.Module:
-    torch.manual_seed(seed)
-    return build_model(config, 0.5, num_classes, in_channels, image_size)
-
-
 def shapes_only(arch: str, num_classes: int, image_size: int) -> nn.Module:
     """The dense network at full width, without memory for its weights."""
     with torch.device("meta"):
-        return build_model(ModelConfig(arch=arch, conv_type="DenseConv"), 0.5, num_classes, 3, image_size)
+        return build_model(arch, num_classes, 3, image_size)
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
@@ -56,17 +46,13 @@ def size_of(arch: str, num_classes: int, image_size: int) -> tuple[int, int]:
     return num_parameters, sum(graph.layer_macs(widths).values())
 
 
-def convs(model: nn.Module) -> dict[str, nn.Conv2d]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-
-
 def test_the_options_name_exactly_what_the_registry_has():
     assert list(ARCHS) == list(MODELS)
 
 
 @pytest.mark.parametrize(("arch", "image_size"), BY_FORM)
 def test_every_name_builds_and_runs_for_any_classes_and_channels(arch, image_size):
-    model = build(ModelConfig(arch=arch, width_mult=0.0625), 0, 17, 1, image_size)
+    model = build_model(arch, 17, 1, image_size, 0.0625)
     assert model(torch.randn(2, 1, 64, 64)).shape == (2, 17)
     assert model.get_submodule(model.head) is [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1]
 
@@ -115,7 +101,7 @@ def test_the_he_family_against_the_paper(depth, millions):
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
 def test_the_released_family_is_the_he_family_at_twice_the_width(depth):
-    twice = build_model(ModelConfig(arch=f"resnet{depth}_he", width_mult=2, conv_type="DenseConv"), 0.5, 10, 3, 32)
+    twice = build_model(f"resnet{depth}_he", 10, 3, 32, width_mult=2)
     assert shapes_of(twice) == shapes_of(shapes_only(f"resnet{depth}", 10, 32))
 
 
@@ -190,16 +176,11 @@ def one_step(network: SparseNetwork, masks: list[np.ndarray]) -> dict[str, Tenso
     generator = torch.Generator().manual_seed(1)
     images = torch.randn((4, *network.graph.ops[0].shape), generator=generator, dtype=torch.float64)
     labels = torch.randint(10, (4,), generator=generator)
-    state = SearchState(
-        network,
-        torch.optim.SGD(network.weight_parameters(), lr=0.1, momentum=0.9, weight_decay=5e-2),
-        torch.optim.Adam([network.scores], lr=0.05),
-        torch.Generator().manual_seed(0),
-        Draw(torch.from_numpy(np.stack(masks)), [network.plan(mask) for mask in masks]),
-    )
+    optimizer = torch.optim.SGD(network.weight_parameters(), lr=9.0, momentum=0.9, weight_decay=5e-2)
+    search = search_of(network, config(), masks_KU=torch.from_numpy(np.stack(masks)), weight_optimizer=optimizer)
     network.model.train()
-    train_step(state, images, labels, StepSettings(weight_lr=0.1, score_lr=0.05, kept_fraction=0.5), run_config())
-    return {**network.model.state_dict(), "next draw": state.draw.masks_KU}
+    train_step(search, images, labels, StepSettings(weight_lr=0.1, score_lr=0.05, keep_ratio=0.5), config())
+    return {**network.model.state_dict(), "next masks": search.masks.own_KU}
 
 
 @pytest.mark.parametrize(("arch", "image_size"), [form for form in BY_FORM if not form[0].endswith("_he")])
@@ -207,19 +188,20 @@ def test_a_training_step_computes_the_same_compact_and_masked(arch, image_size):
     """The `_he` family is left out: the released one is the same at other widths, see above."""
     states = []
     for execution in ("compact", "masked"):
-        model = build(ModelConfig(arch=arch, width_mult=0.1), image_size=image_size).double()
+        model = maskable(arch, 0.1, image_size=image_size).double()
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and not name.endswith("scores"):  # shifts that would leak from dropped channels
                 nn.init.uniform_(parameter, 0.2, 1.0)
         pixels = 32 if image_size == 32 else 64  # what the large forms need at least
-        network = SparseNetwork(model, (3, pixels, pixels), execution, multiple=4 if execution == "compact" else None)
+        multiple = 4 if execution == "compact" else None
+        network = SparseNetwork(model, (3, pixels, pixels), execution=execution, multiple=multiple)
         random = np.random.default_rng(2)
         states.append(one_step(network, [random.random(network.num_units) < 0.5 for _ in range(2)]))
     torch.testing.assert_close(*states, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("arch", "maskable", "widths"),
+    ("arch", "num_layers", "widths"),
     [
         ("resnet20", 1 + 18 + 2, (32, 64, 128)),
         ("resnet32", 1 + 30 + 2, (32, 64, 128)),
@@ -231,35 +213,34 @@ def test_a_training_step_computes_the_same_compact_and_masked(arch, image_size):
         ("vgg16", 13, (64, 128, 256, 512)),
     ],
 )
-def test_depths_and_widths(arch, maskable, widths):
+def test_depths_and_widths(arch, num_layers, widths):
     """Every conv but the classifier is maskable: stem and projection shortcuts included."""
-    layers = subnet_convs(build(ModelConfig(arch=arch)))
-    assert len(layers) == maskable
+    layers = subnet_convs(maskable(arch))
+    assert len(layers) == num_layers
     assert sorted({conv.out_channels for conv in layers.values()}) == list(widths)
     assert next(iter(layers.values())).in_channels == 3
     per_width = [sum(c.out_channels == width for c in layers.values()) for width in widths]
-    blocks = (maskable - 3) // 6
+    blocks = (num_layers - 3) // 6
     assert per_width == ([2, 2, 3, 6] if arch == "vgg16" else [1 + 2 * blocks, 1 + 2 * blocks, 1 + 2 * blocks])
 
 
 @pytest.mark.parametrize("arch", ["resnet20_he", "vgg16"])
 def test_width_mult_scales_every_channel(arch):
-    whole, half = (build(ModelConfig(arch=arch, width_mult=factor)) for factor in (1.0, 0.5))
+    whole, half = (maskable(arch, factor) for factor in (1.0, 0.5))
     for name, conv in subnet_convs(half).items():
         assert 2 * conv.out_channels == subnet_convs(whole)[name].out_channels
-    assert min(c.out_channels for c in subnet_convs(build(ModelConfig(arch=arch, width_mult=0.01))).values()) == 1
+    assert min(c.out_channels for c in subnet_convs(maskable(arch, 0.01)).values()) == 1
 
 
 @pytest.mark.parametrize("arch", ["resnet20", "vgg16"])
 def test_first_and_last_layer_dense(arch):
-    config = ModelConfig(arch=arch, width_mult=0.125)
-    names = list(subnet_convs(build(config)))
+    names = list(subnet_convs(maskable(arch, 0.125)))
     assert names[0] == ("conv1" if arch == "resnet20" else "features.0")
     last = {"resnet20": "layer3.2.conv2", "vgg16": names[-1]}[arch]
     assert names[-1] == last
-    assert list(subnet_convs(build(replace(config, first_layer_dense=True)))) == names[1:]
-    assert list(subnet_convs(build(replace(config, last_layer_dense=True)))) == names[:-1]
-    both = build(replace(config, first_layer_dense=True, last_layer_dense=True))
+    assert list(subnet_convs(maskable(arch, 0.125, first_dense=True))) == names[1:]
+    assert list(subnet_convs(maskable(arch, 0.125, last_dense=True))) == names[:-1]
+    both = maskable(arch, 0.125, first_dense=True, last_dense=True)
     assert list(subnet_convs(both)) == names[1:-1]
     assert not isinstance(both.get_submodule(names[0]), SubnetConv)
     assert SparseNetwork(both, (3, 32, 32)).num_units == sum(c.out_channels for c in subnet_convs(both).values())
@@ -269,13 +250,13 @@ def test_first_and_last_layer_dense(arch):
 def test_the_order_of_modules_is_the_order_of_the_pass(arch):
     """`first_layer_dense` and `last_layer_dense` count on it."""
     for image_size in (32, LARGE_IMAGE):
-        model = build(ModelConfig(arch=arch, width_mult=0.0625), image_size=image_size)
+        model = maskable(arch, 0.0625, image_size=image_size)
         passed = [op.node.target for op in ChannelGraph(model, (3, 64, 64)).ops if isinstance(op.module, VRPGE)]
-        maskable = maskable_convs(model, first_layer_dense=False, last_layer_dense=False)
-        assert (passed[0], passed[-1]) == (maskable[0], maskable[-1])
+        layers = list(subnet_convs(model))
+        assert (passed[0], passed[-1]) == (layers[0], layers[-1])
         main_path, registered = (
             [name for name in names if "shortcut" not in name and "downsample" not in name]
-            for names in (passed, maskable)
+            for names in (passed, layers)
         )
         assert main_path == registered
 
@@ -283,7 +264,7 @@ def test_the_order_of_modules_is_the_order_of_the_pass(arch):
 @pytest.mark.parametrize("width_mult", [0.01, 0.25, 1])
 def test_depthwise_convs_have_no_units(width_mult):
     """The stem and the 13 convs that mix channels have, even where a layer is as narrow as it can be."""
-    model = build(ModelConfig(arch="mobilenet_v1", width_mult=width_mult))
+    model = maskable("mobilenet_v1", width_mult)
     assert list(subnet_convs(model)) == ["conv1", *(f"blocks.{i}.pointwise" for i in range(13))]
     network = SparseNetwork(model, (3, 32, 32))
     depthwise = [op for op in network.graph.ops if op.kind == "depthwise"]
@@ -294,109 +275,21 @@ def test_depthwise_convs_have_no_units(width_mult):
 
 def test_a_layer_with_as_many_outputs_as_classes_is_no_classifier():
     """Nothing is guessed from shapes: a width of 10 stays maskable."""
-    model = build(replace(SMALL, width_mult=10 / 32), num_classes=10)
+    model = maskable("resnet20", 10 / 32)
     assert {conv.out_channels for conv in subnet_convs(model).values()} >= {10}
     assert "conv1" in subnet_convs(model)
     assert "linear" not in subnet_convs(model)
 
 
 @pytest.mark.parametrize("arch", ["resnet20", "vgg16"])
-def test_dense_conv_knows_no_masks(arch):
-    model = build(ModelConfig(arch=arch, width_mult=0.125, conv_type="DenseConv"))
+def test_a_network_without_scores_is_plain_and_runs_as_it_is(arch):
+    model = build(arch, 0.125)
     assert not any(isinstance(m, SubnetConv | VRPGE | SubnetBatchNorm) for m in model.modules())
-    assert not any(hasattr(m, "mask") or hasattr(m, "live") for m in model.modules())
     assert not any("scores" in name for name in model.state_dict())
     network = SparseNetwork(model, (3, 32, 32))
     assert network.num_units == 0
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(network(images, network.dense_plan), model(images))
-
-
-@pytest.mark.parametrize("arch", ["resnet20", "vgg16"])
-def test_dense_and_masked_start_from_the_same_weights(arch):
-    config = ModelConfig(arch=arch, width_mult=0.125)
-    masked, dense = build(config), build(replace(config, conv_type="DenseConv"))
-    states = [
-        {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("scores")}
-        for model in (masked, dense)
-    ]
-    assert states[0].keys() == states[1].keys()
-    for name, tensor in states[0].items():
-        assert torch.equal(tensor, states[1][name]), name
-    again, other = build(config), build(config, seed=1)
-    first = next(iter(subnet_convs(masked)))
-    assert torch.equal(again.get_submodule(first).weight, masked.get_submodule(first).weight)
-    assert not torch.equal(other.get_submodule(first).weight, masked.get_submodule(first).weight)
-
-
-def test_scores_start_where_asked():
-    torch.manual_seed(0)
-    model = build_model(SMALL, 0.3, 10, 3, 32)
-    for conv in subnet_convs(model).values():
-        assert conv.scores.shape == (conv.out_channels,)
-        assert torch.equal(conv.scores, torch.full_like(conv.scores, 0.3))
-        assert not conv.scores.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("arch", "total"),
-    [
-        ("resnet20", 43.02944564819336),
-        ("resnet32", 39.628204345703125),
-        ("resnet20_he", 29.126972198486328),
-        ("resnet32_he", 26.909988403320312),
-        ("resnet56_he", 28.66941261291504),
-        ("vgg16", 36.0106086730957),
-        ("wrn28_10", 40.78984069824219),
-    ],
-)
-def test_a_seed_gives_the_weights_that_it_always_gave(arch, total):
-    """Of the last layer: it is the last to be drawn, or drawn with all convs' first weights before it."""
-    linear = build(ModelConfig(arch=arch, width_mult=0.1), seed=7).linear
-    assert linear.weight.abs().sum().item() == pytest.approx(total, rel=1e-5)
-
-
-@pytest.mark.parametrize("init", ["kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform"])
-def test_initial_weights_have_the_spread_that_their_name_promises(init):
-    """Of the widest conv: 512 x 512 x 9 numbers at full width, 256 x 256 x 9 here."""
-    config = ModelConfig(arch="vgg16", width_mult=0.5, init=init, mode="fan_out", nonlinearity="relu")
-    weight = list(subnet_convs(build(config)).values())[-1].weight
-    fan = 256 * 9
-    variance = 2 / fan if init.startswith("kaiming") else 2 / (fan + fan)
-    assert weight.var().item() == pytest.approx(variance, rel=0.02)
-    assert abs(weight.mean().item()) < 1e-3
-    if init.endswith("uniform"):
-        assert weight.abs().max().item() <= (3 * variance) ** 0.5
-
-
-@pytest.mark.parametrize(
-    ("mode", "nonlinearity", "variance"),
-    [
-        ("fan_in", "relu", 2 / (3 * 9)),
-        ("fan_out", "relu", 2 / (64 * 9)),
-        ("fan_in", "linear", 1 / (3 * 9)),
-        ("fan_in", "leaky_relu", 2 / (3 * 9)),
-    ],
-)
-def test_mode_and_gain_of_the_kaiming_start(mode, nonlinearity, variance):
-    """The first conv has 3 channels in and 64 out. leaky_relu has slope 0 here, so it is relu."""
-    config = ModelConfig(arch="vgg16", mode=mode, nonlinearity=nonlinearity)
-    weight = next(iter(subnet_convs(build(config)).values())).weight
-    assert weight.var().item() == pytest.approx(variance, rel=0.1)
-
-
-def test_an_orthogonal_start_is_orthogonal():
-    weight = build(replace(SMALL, init="orthogonal")).layer3[0].conv2.weight.flatten(1)
-    torch.testing.assert_close(weight @ weight.T, torch.eye(16), rtol=0, atol=1e-5)
-
-
-def test_batch_norms_start_at_one_and_zero():
-    norms = [m for m in build(SMALL).modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) == 21
-    for norm in norms:
-        assert isinstance(norm, SubnetBatchNorm)
-        assert (norm.weight == 1).all()
-        assert (norm.bias == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -405,6 +298,6 @@ def test_batch_norms_start_at_one_and_zero():
 )
 def test_an_unknown_name_is_refused_with_the_nearest(arch, message):
     with pytest.raises(UserError, match=message) as caught:
-        build(ModelConfig(arch=arch))
+        build(arch)
     for name in MODELS:
         assert name in str(caught.value)

@@ -11,23 +11,22 @@ import torch
 from torch import nn
 from torchvision import models as torchvision_models
 
-from args import ModelConfig
 from models import build_model
 from models.pretrained import load_pretrained, torchvision_weights
 from tests.toy import one_thread  # noqa: F401
-from utils.conv_type import subnet_convs
+from utils.conv_type import sparsify, subnet_convs
 from utils.errors import UserError
 
 NAME = "ResNet18_Weights.IMAGENET1K_V1"
 
 
-def network(arch: str, num_classes: int, image_size: int, **options) -> nn.Module:
+def network(arch: str, num_classes: int, image_size: int, width_mult: float = 1.0) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(ModelConfig(arch=arch, **options), 0.5, num_classes, 3, image_size)
+    return build_model(arch, num_classes, 3, image_size, width_mult)
 
 
 def small(arch: str = "resnet20", num_classes: int = 10, image_size: int = 32, width_mult: float = 0.125) -> nn.Module:
-    return network(arch, num_classes, image_size, width_mult=width_mult)
+    return network(arch, num_classes, image_size, width_mult)
 
 
 def saved(state: object, path: Path) -> str:
@@ -62,13 +61,15 @@ def cached(tmp_path) -> nn.Module:
     return theirs
 
 
-@pytest.mark.parametrize("conv_type", ["VRPGE", "DenseConv"])
-def test_weights_by_name_make_torchvisions_network(cached, downloads, conv_type):
-    model = network("resnet18", 1000, 224, conv_type=conv_type).eval()
+@pytest.mark.parametrize("masks", [True, False])
+def test_weights_by_name_make_torchvisions_network(cached, downloads, masks):
+    model = network("resnet18", 1000, 224).eval()
+    model = sparsify(model) if masks else model
     load_pretrained(model, "ResNet18_Weights.DEFAULT")
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model(images), cached(images))
+    assert len(subnet_convs(model)) == 20 * masks
     assert all((conv.scores == 0.5).all() for conv in subnet_convs(model).values())
     assert not downloads
 
@@ -172,13 +173,13 @@ def test_other_misfits_are_named_and_counted(tmp_path):
         load_pretrained(small(), path)
 
 
-def test_a_checkpoint_whose_units_retired_is_no_start(tmp_path):
+def test_a_checkpoint_whose_network_has_shrunk_is_no_start(tmp_path):
     model, weights = small(), small().state_dict()
     weights["conv1.weight"] += 1
     load_pretrained(model, saved({"model": weights, "stored_units": torch.ones(12, dtype=bool)}, tmp_path / "all.pt"))
     assert torch.equal(model.conv1.weight, weights["conv1.weight"])
     path = saved({"model": weights, "stored_units": torch.arange(12) >= 3}, tmp_path / "last.pt")
-    with pytest.raises(UserError, match=r"3 of 12 units of that run have retired.*--resume.*--retire off"):
+    with pytest.raises(UserError, match=r"3 of 12 units of that run are gone.*--resume.*--no-shrink"):
         load_pretrained(small(), path)
 
 

@@ -19,9 +19,8 @@ from utils.run import checkpoint
 from utils.run.checkpoint import (
     CheckpointError,
     differences,
-    generator_states,
     load,
-    restore_generators,
+    restore_generator,
     save,
 )
 
@@ -198,12 +197,19 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
             load(tmp_path / "foreign.pt")
 
 
-def test_an_older_format_loads_and_a_newer_one_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (checkpoint.FORMAT_VERSION - 1, "by an older version .*, in format 1 instead of 2; use it with commit"),
+        (checkpoint.FORMAT_VERSION + 1, "has format version 3, and this project reads version 2; update"),
+    ],
+)
+def test_another_format_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch, version: int, message: str) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT_VERSION", 2)
-        assert load(path)["format_version"] == 1
+        patch.setattr(checkpoint, "FORMAT_VERSION", version)
         save(path, example_state())
-    with pytest.raises(UserError, match="has format version 2, this project reads versions up to 1; update"):
+        assert load(path)["format_version"] == version
+    with pytest.raises(UserError, match=message):
         load(path)
 
 
@@ -238,25 +244,19 @@ def test_differences_are_named_to_the_last_bit(a: dict, b: dict, names: list[str
     assert differences(a, b, "whole") == [f"whole.{name}" for name in names]
 
 
-def test_generators_continue_where_they_were() -> None:
-    generators = {"data": torch.Generator().manual_seed(1), "masks": torch.Generator().manual_seed(2)}
-    torch.rand(5, generator=generators["masks"])
-    states = generator_states(generators)
-    expected = [torch.rand(3, generator=generator) for generator in generators.values()]
-    restored = {name: torch.Generator() for name in generators}
-    restore_generators(restored, states)
-    assert differences([torch.rand(3, generator=generator) for generator in restored.values()], expected) == []
+def test_a_generator_continues_where_it_was() -> None:
+    generator, restored = torch.Generator().manual_seed(1), torch.Generator()
+    torch.rand(5, generator=generator)
+    restore_generator(restored, generator.get_state())
+    assert torch.equal(torch.rand(3, generator=restored), torch.rand(3, generator=generator))
 
 
-def test_generator_states_that_do_not_fit_change_nothing() -> None:
-    generators = {"data": torch.Generator().manual_seed(1), "masks": torch.Generator().manual_seed(2)}
-    before = generator_states(generators)
-    with pytest.raises(UserError, match="has the random generators data, this run needs data, masks"):
-        restore_generators(generators, {"data": torch.Generator().get_state()})
-    cuda_state = torch.zeros(16, dtype=torch.uint8)
-    with pytest.raises(UserError, match="'masks' does not fit device cpu"):
-        restore_generators(generators, {"data": torch.Generator().manual_seed(5).get_state(), "masks": cuda_state})
-    assert differences(generator_states(generators), before) == []
+def test_a_state_of_another_device_is_refused_and_changes_nothing() -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    with pytest.raises(UserError, match="does not fit device cpu; resume the run on the kind of device"):
+        restore_generator(generator, torch.zeros(16, dtype=torch.uint8))  # as long as that of a GPU
+    assert torch.equal(generator.get_state(), before)
 
 
 # ---- No file of the project may load in a way that runs code ----
@@ -326,7 +326,7 @@ def test_the_search_for_unsafe_calls_finds_them(source: str, num_unsafe: int) ->
 
 
 def test_no_file_of_the_project_loads_unsafely() -> None:
-    folders = ("models", "utils", "trainers", "data", "tests")
+    folders = ("models", "utils", "trainers", "data", "tests", "tools", "examples")
     files = [
         *PROJECT_FOLDER.glob("*.py"),
         *(file for folder in folders for file in (PROJECT_FOLDER / folder).rglob("*.py")),

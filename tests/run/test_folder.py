@@ -1,4 +1,4 @@
-"""Run folders: one run each, found again, locked; facts and tables that survive a resume."""
+"""Run folders: one run each, found again, locked; facts, tables and summaries that are whole at any time."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +15,12 @@ import pytest
 from utils.errors import UserError
 from utils.run import folder as run_folder
 from utils.run.folder import (
-    append_row,
     create_run_folder,
     environment_facts,
     latest_run_folder,
     lock,
     resolve_run,
-    rows_before,
-    truncate_rows,
+    write_csv,
     write_facts,
     write_json,
 )
@@ -227,57 +225,37 @@ def test_the_git_state_is_that_of_the_project_only(tmp_path: Path, monkeypatch: 
     assert run_folder._git_state() == (None, None)
 
 
-def test_a_table_has_one_header_and_refuses_other_columns(tmp_path: Path) -> None:
+def test_a_table_is_written_whole_with_the_columns_of_its_first_row(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
-    append_row(path, {"epoch": 0, "loss": 0.1 + 0.2, "note": "a, b"})
-    append_row(path, {"note": "", "epoch": 1, "loss": 1e-20})
-    assert path.read_text() == 'epoch,loss,note\n0,0.30000000000000004,"a, b"\n1,1e-20,\n'
-    with pytest.raises(UserError, match=r"has the columns epoch, loss, note but the new row has epoch, accuracy"):
-        append_row(path, {"epoch": 2, "accuracy": 3.0})
+    write_csv(path, [{"epoch": 0, "loss": 9.0}])
+    write_csv(path, [{"epoch": 0, "loss": 0.1 + 0.2, "note": "a, b"}, {"note": "", "epoch": 1, "loss": 1e-20}])
+    assert path.read_bytes() == b'epoch,loss,note\n0,0.30000000000000004,"a, b"\n1,1e-20,\n'
+    with pytest.raises(ValueError, match="accuracy"):
+        write_csv(path, [{"epoch": 0}, {"epoch": 1, "accuracy": 3.0}])
     assert len(path.read_text().splitlines()) == 3
 
 
-def test_a_resumed_table_has_every_epoch_once(tmp_path: Path) -> None:
-    path = tmp_path / "results.csv"
-    assert rows_before(path, 3) == []
-    truncate_rows(path, 3)
-    assert not path.exists()
-    for epoch in range(5):
-        append_row(path, {"epoch": epoch, "loss": epoch / 10})
-    truncate_rows(path, 3)
-    append_row(path, {"epoch": 3, "loss": 7.0})
-    assert path.read_text() == "epoch,loss\n0,0.0\n1,0.1\n2,0.2\n3,7.0\n"
-    assert rows_before(path, 2) == [{"epoch": "0", "loss": "0.0"}, {"epoch": "1", "loss": "0.1"}]
-    truncate_rows(path, 0)
-    assert path.read_text() == "epoch,loss\n"
-
-
-@pytest.mark.parametrize("torn", ["2", "2,0.", "2,0.2"])
-def test_a_row_cut_short_by_a_crash_is_dropped(tmp_path: Path, torn: str) -> None:
-    path = tmp_path / "results.csv"
-    path.write_text(f"epoch,loss\n0,0.0\n1,0.1\n{torn}")
-    assert [row["epoch"] for row in rows_before(path, 3)] == ["0", "1"]
-    truncate_rows(path, 3)
-    assert path.read_text() == "epoch,loss\n0,0.0\n1,0.1\n"
-
-
-def test_a_header_cut_short_by_a_crash_is_written_again(tmp_path: Path) -> None:
-    path = tmp_path / "results.csv"
-    path.write_text("epoch,lo")
-    append_row(path, {"epoch": 0, "loss": 0.5})
-    assert path.read_text() == "epoch,loss\n0,0.5\n"
-
-
-def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "summary.json"
-    write_json(path, {"test_top1": 85.5})
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("summary.json", lambda path, value: write_json(path, {"test_top1": value})),
+        ("results.csv", lambda path, value: write_csv(path, [{"test_top1": value}])),
+    ],
+)
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch, name: str, write: Callable) -> None:
+    path = tmp_path / name
+    write(path, 85.5)
+    before, seen = path.read_text(), []
 
     def crash(source: Path, target: Path) -> None:
-        assert json.loads(Path(source).read_text()) == {"test_top1": 86.0}
+        seen.append(Path(source).read_text())
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", crash)
         with pytest.raises(KeyboardInterrupt):
-            write_json(path, {"test_top1": 86.0})
-    assert json.loads(path.read_text()) == {"test_top1": 85.5}
+            write(path, 86.0)
+    assert path.read_text() == before
+    write(path, 86.0)
+    assert [path.read_text()] == seen
+    assert "86.0" in seen[0]
