@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from models import build_model, initialise, maskable_convs
-from tests.toy import config, one_thread, search_of  # noqa: F401
 from utils.conv_type import sparsify
 
 
