@@ -1,13 +1,16 @@
-"""The command lines of the tools beside `main.py`."""
+"""What the tools beside `main.py` have in common: how they read a command line, how they end, what they ran on."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
+import torch
+
 from utils.errors import UserError
+from utils.run.folder import environment_facts
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -20,6 +23,17 @@ class ToolParser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}; --help lists every option")
 
 
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """The `type` of an argument that is a whole number from `low` to `high`."""
+
+    def convert(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
+        return int(text)
+
+    return convert
+
+
 def exit_code_of(run: Callable[[], int | None]) -> int:
     """Runs a tool: its own exit code (None: 0), or 2 and one sentence for a user's mistake."""
     try:
@@ -27,3 +41,22 @@ def exit_code_of(run: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def headline(device: torch.device) -> str:
+    """The processor, torch and the commit that a measurement was made with."""
+    facts = environment_facts(device)
+    return (
+        f"{facts['gpu'] or facts['cpu']} ({facts['cpu_capability']}), {facts['num_threads']} threads, "
+        f"torch {facts['torch']}, commit {facts['git_commit']}{' with changes' if facts['git_dirty'] else ''}"
+    )
+
+
+def aligned(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of texts by column as a Markdown table that can be read as it stands; the first column names the rows."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    sides = {name: "<" if number == 0 else ">" for number, name in enumerate(widths)}
+    lines = [{name: name for name in widths}, {name: "-" * width for name, width in widths.items()}, *rows]
+    return "\n".join(
+        "| " + " | ".join(f"{line[name]:{sides[name]}{widths[name]}}" for name in widths) + " |" for line in lines
+    )

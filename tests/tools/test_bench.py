@@ -2,177 +2,146 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from args import parse_args
 from tests.toy import one_thread  # noqa: F401  (a fixture)
 from tools import bench
-from tools.thin import ThinNetwork, add_to_first_channels
-from trainers.default import StepSettings, train_step
-from trainers.state import new_run
+from trainers.build import new_run
+from trainers.default import StepSettings, draw_masks, train_step
+from utils.channels import network as network_module
 from utils.channels.network import SparseNetwork
 from utils.conv_type import PlainConv
 from utils.run import checkpoint
 
-PROJECT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-KEYS = {
-    *("arch", "keep_ratio", "batch_size", "precision", "device", "stream", "scores"),
-    *("dense_ms", "thin_ms", "compact_ms", "dense_over_compact", "compact_over_thin", "dense_over_thin", "ideal"),
-    *("flops_ratio", "padded_flops_ratio", "dense_peak_mb", "thin_peak_mb", "compact_peak_mb"),
-}
+SHAPES = SimpleNamespace(image_size=32, num_classes=10, channels=3)
+SMALL = ("--arch", "resnet20", "--width-mult", "0.125", "--batch-size", "4", "--device", "cpu")
 
 
-def make_case(**changes) -> bench.Case:
-    values = {key: option.default for key, option in bench.OPTIONS.items()}
-    values |= {"device": "cpu", "width_mult": 0.0625, "batch_size": 8}
-    return bench.make_case(**values | changes)
+def bench_of(*words: str) -> bench.Bench:
+    settings, config = bench.read_command_line([*SMALL, *words])
+    return bench.Bench(config, SHAPES, settings.scores, CPU)
 
 
-def double_network(arch: str, stream: str = "free") -> SparseNetwork:
-    """A tiny network in float64, with batch-norms whose scale, shift and statistics are not those of the start."""
-    case = make_case(arch=arch, stream=stream)
-    network = new_run(case.config, case.shapes, CPU).network
-    network.model.double()
-    generator = torch.Generator().manual_seed(3)
-    for norm in network.batch_norms().values():
-        for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
-            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
-    return network
+@pytest.fixture
+def passes(monkeypatch) -> list[tuple[SparseNetwork, bool]]:
+    """Every forward pass of any network: which one, and whether it kept a graph."""
+    seen, forward = [], SparseNetwork.__call__
+
+    def watched(self, *arguments, **by_name):
+        seen.append((self, torch.is_grad_enabled()))
+        return forward(self, *arguments, **by_name)
+
+    monkeypatch.setattr(SparseNetwork, "__call__", watched)
+    return seen
 
 
-def random_mask(network: SparseNetwork, seed: int, first_channels: bool, empty: str | None) -> np.ndarray:
-    """Random units of every layer; `first_channels`: a random number of its first ones."""
-    random = np.random.default_rng(seed)
-    mask_U = np.zeros(network.num_units, dtype=bool)
-    for name, part in zip(network.layers, network.split(torch.arange(network.num_units)), strict=True):
-        count = 0 if name == empty else random.integers(1, len(part) + 1)
-        kept = part.numpy() if first_channels else random.permutation(part.numpy())
-        mask_U[kept[:count]] = True
-    return mask_U
+# ---- the networks ----
 
 
-def copy_live(network: SparseNetwork, plan, thin: ThinNetwork) -> None:
-    """Every tensor of the thin network from the live channels of the full one's."""
-    graph = network.graph
-    for position, op in enumerate(graph.ops):
-        if str(position) not in thin.layers:
-            continue
-        reads, writes = (np.flatnonzero(plan.live[space]) for space in (graph.ops[op.inputs[0]].space, op.space))
-        layer = thin.layers[str(position)]
-        for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
-            full = getattr(op.module, name).detach()
-            if tensor.dim() == 0:
-                continue
-            full = full[writes]
-            tensor.data.copy_(full[:, reads] if tensor.dim() > 1 else full)
+@pytest.mark.parametrize("scores", ["uniform", "late"])
+def test_thin_is_the_network_that_method_thin_builds_from_the_flops_of_a_typical_draw(scores):
+    trial = bench_of("--keep-ratio", "0.4", "--scores", scores, "--execution", "masked", "--constrain-by-layer")
+    run, _, costs = trial.build("thin")
+    generator = torch.Generator().manual_seed(0)
+    masked = trial.masked_run().network
+    drawn = torch.rand(9, masked.num_units, generator=generator) < masked.scores
+    flops = sorted(masked.subnet_macs(masked.plan(mask_U.numpy())) / masked.dense_macs for mask_U in drawn)[4]
+    assert trial.typical_flops() == pytest.approx(flops, rel=1e-12)
+
+    words = ("--method", "thin", "--budget", "flops", "--keep-ratio", repr(flops))
+    trained = new_run(parse_args([*SMALL, *words]).config, SHAPES, CPU)
+    assert checkpoint.differences(run.network.model.state_dict(), trained.network.model.state_dict()) == []
+    assert np.array_equal(run.plan.mask_U, trained.plan.mask_U)
+    assert 0.9 * flops < costs[0][0] / run.network.dense_macs <= flops
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
-    ("arch", "stream", "empty"),
-    [
-        ("vgg16", "free", None),
-        ("resnet20", "free", None),
-        ("resnet20", "free", "layer1.1.conv1"),
-        ("resnet20", "free", "layer2.1.conv2"),
-        ("resnet20", "tied", None),
-        ("wrn28_10", "free", "layer1.2.conv2"),
-    ],
+    ("words", "forwards", "backwards"),
+    [("", 2, 1), ("--K 3 --score-every 3", 3 + 1 + 1, 3), ("--estimator taylor", 1, 1), ("--method gumbel", 1, 1)],
 )
-def test_thin_computes_the_sampled_network(arch, stream, empty, training):
-    network = double_network(arch, stream)
-    # a thin network has no channel lists, so in a residual stream it can only stand for first channels
-    plan = network.plan(random_mask(network, 5, first_channels=arch != "vgg16" and stream == "free", empty=empty))
-    assert (0 in plan.counts) == (empty is not None)
-    thin = ThinNetwork(network.graph, plan.counts).double()
-    copy_live(network, plan, thin)
-    thin.train(training)
-    network.model.train(training)
-    images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        torch.testing.assert_close(thin(images), network(images, plan), rtol=1e-9, atol=1e-9)
+def test_thin_runs_as_many_forwards_as_compact_and_one_backward_a_step(words, forwards, backwards, passes):
+    trial = bench_of(*words.split())
+    (compact, compact_step, costs), (thin, thin_step, _) = trial.build("compact"), trial.build("thin")
+    before = copy.deepcopy(thin.network.model.state_dict())
+    compact_step()
+    if "gumbel" not in words:  # which runs the model itself
+        assert [owner for owner, _ in passes] == [compact.network] * forwards
+    assert len(costs) == forwards
+    passes.clear()
+    thin_step()
+    assert [owner for owner, _ in passes] == [thin.network] * forwards
+    assert sum(graph for _, graph in passes) == backwards
+    weights = [(name, w) for name, w in thin.network.model.named_parameters() if w.dim() > 1 and w.requires_grad]
+    assert all(not torch.equal(before[name], weight) for name, weight in weights)
 
 
-@pytest.mark.parametrize(("x", "y", "width"), [(5, 5, 5), (5, 3, 5), (3, 5, 5), (3, 5, 7), (4, 4, 6)])
-def test_addition_of_different_widths_pads_with_zero_channels(x, y, width):
-    x, y = (torch.randn(2, n, 3, 3, dtype=torch.float64, requires_grad=True) for n in (x, y))
-    expected = sum(F.pad(part, (0, 0, 0, 0, 0, width - part.shape[1])) for part in (x, y))
-    total = add_to_first_channels(x, y, width)
-    assert torch.equal(total, expected)
-    assert torch.autograd.gradcheck(lambda a, b: add_to_first_channels(a, b, width), (x, y))
-
-
-def test_thin_rounds_its_widths_up_but_not_beyond_the_full_network():
-    network = double_network("vgg16")
-    graph = network.graph
-    counts = [min(3, space.width) for space in graph.spaces]
-    for rounding in (1, 8, 16, 32):
-        widths = bench.rounded_widths(network, counts, rounding)
-        expected = [min({1: 3, 8: 8, 16: 16, 32: 32}[rounding], space.width) for space in graph.spaces]
-        assert widths == expected
-
-
-@pytest.mark.parametrize(("score_every", "subbatch", "forwards"), [(1, 0, 2), (3, 0, 4), (1, 4, 2), (3, 4, 4)])
-def test_thin_runs_as_many_forwards_as_compact_and_one_backward_a_step(score_every, subbatch, forwards, monkeypatch):
-    case = make_case(arch="resnet20", score_every=score_every, subbatch=subbatch)
-    trial = bench.Bench(case, CPU)
-    network = trial.search().network
-    thin, step = trial.thin(network, trial.typical_counts(network), 1)
-    calls = []
-    thin.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    before = copy.deepcopy(thin.state_dict())
-    step()
-    assert len(calls) == forwards
-    assert sum(calls) == score_every
-    assert all(not torch.equal(before[name], value) for name, value in thin.named_parameters() if value.dim() > 1)
-
-    search, executed = trial.search(), []
-    images, run = [], SparseNetwork.__call__
-    monkeypatch.setattr(SparseNetwork, "__call__", lambda self, x, *rest, **by_name: (
-        images.append(len(x)) or run(self, x, *rest, **by_name)
-    ))  # fmt: skip
-    trial.compact(search, executed)()
-    assert sum(images) == forwards * case.config.train.batch_size
-    assert len(executed) == forwards - (subbatch > 0)
-
-
-def test_dense_is_the_plain_network():
-    network, step = bench.Bench(make_case(arch="resnet20"), CPU).dense()
-    assert network.num_units == 0
-    convs = [module for module in network.model.modules() if isinstance(module, nn.Conv2d)]
+def test_dense_is_the_plain_network_and_runs_once_a_step(passes):
+    trial = bench_of("--score-every", "2")
+    run, step, costs = trial.build("dense")
+    assert run.network.num_units == 0
+    convs = [module for module in run.network.model.modules() if isinstance(module, nn.Conv2d)]
     assert {type(conv) for conv in convs} == {nn.Conv2d, PlainConv}
-    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convs)
-    before = copy.deepcopy(network.model.state_dict())
+    assert costs == [(run.network.dense_macs, run.network.dense_macs)]
+    before = copy.deepcopy(run.network.model.state_dict())
+    trial.build("compact")[1]()
+    passes.clear()
     step()
-    assert all(
-        not torch.equal(before[name], value) for name, value in network.model.named_parameters() if value.dim() > 1
-    )
+    assert passes == [(run.network, True)] * 2
+    weights = [(name, weight) for name, weight in run.network.model.named_parameters() if weight.dim() > 1]
+    assert all(not torch.equal(before[name], weight) for name, weight in weights)
 
 
-def test_compact_is_the_training_step():
-    case = make_case(arch="resnet20", keep_ratio=0.5)
-    trial = bench.Bench(case, CPU)
-    search, twin = trial.search(), trial.search()
-    executed = []
-    step = trial.compact(search, executed)
+@pytest.mark.parametrize("words", [("--score-every", "2"), ("--budget", "flops", "--score-gradient", "tangent")])
+def test_compact_is_the_training_step_from_the_same_scores_every_time(words):
+    trial = bench_of(*words, "--keep-ratio", "0.5", "--score-lr", "0.05")
+    run, step, _ = trial.build("compact")
+    twin = new_run(trial.config, SHAPES, CPU).search
+    start_U, masks = twin.network.scores.detach().clone(), []
+    assert torch.equal(run.network.scores, start_U)
+    twin.masks = draw_masks(twin, trial.config)
     for _ in range(2):
         step()
-        settings = StepSettings(case.config.train.weight_lr, score_lr=0.0, kept_fraction=0.5)
-        train_step(twin, trial.images, trial.labels, settings, case.config)
-    same = checkpoint.differences(search.network.model.state_dict(), twin.network.model.state_dict())
-    assert same == []
-    assert (search.network.scores == 0.5).all()
-    masks = [plan.mask_U.tobytes() for plan in executed]
-    assert len(set(masks)) == len(masks) == 4
+        for i in range(trial.period):
+            masks.append(twin.masks.own_KU)
+            twin.network.scores.data.copy_(start_U)
+            now = StepSettings(trial.config.train.weight_lr, 0.05, 0.5, update_scores=i == 0)
+            train_step(twin, trial.images, trial.labels, now, trial.config)
+    assert checkpoint.differences(run.network.model.state_dict(), twin.network.model.state_dict()) == []
+    assert torch.equal(run.search.masks.own_KU, twin.masks.own_KU)
+    assert len(torch.cat(masks).unique(dim=0)) == 4 * trial.period
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_the_flops_of_all_passes_are_those_that_pytorch_counts(multiple, monkeypatch):
+    monkeypatch.setattr(network_module, "preferred_multiple", lambda _: multiple)
+    trial = bench_of("--keep-ratio", "0.3")
+    counted, forward = {}, SparseNetwork.__call__
+
+    def counting(self, *arguments, **by_name):
+        with FlopCounterMode(display=False) as counter:
+            logits = forward(self, *arguments, **by_name)
+        counted.setdefault(self, []).append(counter.get_total_flops() / 2 / len(trial.labels))
+        return logits
+
+    monkeypatch.setattr(SparseNetwork, "__call__", counting)
+    for name in bench.NETWORKS:
+        run, step, costs = trial.build(name)
+        step()
+        executed = [padded for _, padded in costs] if multiple > 1 else [exact for exact, _ in costs]
+        assert counted.pop(run.network)[: len(costs)] == executed
+        assert name == "dense" or multiple == 1 or all(exact < padded for exact, padded in costs)
+
+
+# ---- scores ----
 
 
 @pytest.mark.parametrize("keep_ratio", [0.125, 0.25, 0.5, 0.9])
@@ -195,114 +164,137 @@ def test_late_scores(keep_ratio):
 def test_late_scores_reach_every_layer_of_a_tiny_network():
     scores_U = bench.late_scores([1, 1, 2, 40, 40], 0.1)
     assert all((part > 0).any() for part in scores_U.split([1, 1, 2, 40, 40]))
-    assert int((scores_U > 0).sum()) == round(1.15 * 8.4)
+    assert scores_U.sum().item() == pytest.approx(8.4)
 
 
-def test_late_units_leave_the_network_and_the_scores_stay():
-    trial = bench.Bench(make_case(arch="resnet20", scores="late"), CPU)
-    search = trial.search()
-    scores_U = search.network.scores.detach().clone()
-    before = sum(weight.numel() for weight in search.network.weight_parameters())
-    step = trial.compact(search, [])
+@pytest.mark.parametrize("scores", ["uniform", "late"])
+@pytest.mark.parametrize(
+    "words", [(), ("--budget", "flops"), ("--budget-schedule", "cubic"), ("--constrain-by-layer",)]
+)
+def test_made_scores_keep_the_final_budget(scores, words):
+    run = bench_of("--keep-ratio", "0.4", "--scores", scores, *words).masked_run()
+    if "flops" in words:
+        kept = run.budget.cost(run.network.scores.numpy()) / run.budget.cost.dense
+    else:
+        kept = max(float(run.network.scores[group].mean()) for group in run.budget.groups)
+    assert kept == pytest.approx(bench.spent(run.budget))
+    assert 0.3 < kept <= 0.4 + 1e-6
+    assert scores == "late" or kept == pytest.approx(0.4, rel=1e-5)
+
+
+def test_late_units_leave_the_network_before_the_first_step():
+    trial = bench_of("--scores", "late")
+    run = trial.masked_run()
+    whole = new_run(trial.config, SHAPES, CPU)
+    num_weights = [sum(w.numel() for w in r.network.weight_parameters()) for r in (run, whole)]
+    assert num_weights[0] < num_weights[1]
+    assert (run.network.scores[torch.from_numpy(~run.network.stored_units)] == 0).all()
+    _, step, costs = trial.build("compact")
     step()
-    assert sum(weight.numel() for weight in search.network.weight_parameters()) < before
-    torch.testing.assert_close(search.network.scores.detach(), scores_U, rtol=0, atol=1e-6)
-    assert torch.equal(search.network.scores == 0, scores_U == 0)
+    assert len(costs) == 2
 
 
 @pytest.fixture
-def run_checkpoint(tmp_path) -> tuple[Path, torch.Tensor]:
-    """A checkpoint file of a run with scores that tell units apart."""
-    case = make_case(arch="resnet20_he", keep_ratio=0.75, width_mult=0.125)
-    run = new_run(case.config, case.shapes, CPU)
-    scores_U = torch.rand(run.network.num_units, generator=torch.Generator().manual_seed(0)) * 0.5
+def stored_run(tmp_path) -> tuple[Path, torch.Tensor]:
+    """A run folder whose scores tell units apart and hold more than the final budget."""
+    words = "--arch resnet20_he --width-mult 0.125 --keep-ratio 0.25 --budget-schedule cubic --residual-masks tied"
+    config = parse_args(words.split()).config
+    run = new_run(config, SHAPES, CPU)
+    scores_U = torch.rand(run.network.num_units, generator=torch.Generator().manual_seed(0))
     run.network.scores.data.copy_(scores_U)
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    checkpoint.save(folder / "last.pt", run.state_dict(case.config, "fingerprint"))
-    return folder / "last.pt", scores_U
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint.save(tmp_path / "checkpoints" / "last.pt", run.state_dict(config, "fingerprint"))
+    return tmp_path, scores_U
 
 
-def test_scores_of_a_checkpoint_bring_their_network(run_checkpoint):
-    file, scores_U = run_checkpoint
-    arguments = bench.read_command_line(["--scores", str(file), "--device", "cpu", "--batch-size", "4", "8"])
-    cases = bench.cases_of(arguments)
-    assert [case.config.train.batch_size for case in cases] == [4, 8]
-    config = cases[0].config
-    assert (config.model.arch, config.model.width_mult, config.sparsity.keep_ratio) == ("resnet20_he", 0.125, 0.75)
-    assert torch.equal(bench.Bench(cases[0], CPU).search().network.scores.detach(), scores_U)
-    again = bench.cases_of(bench.read_command_line(bench.as_arguments(cases[1])))
-    assert again == [cases[1]]
+def test_scores_of_a_run_bring_its_configuration(stored_run):
+    folder, scores_U = stored_run
+    settings, config = bench.read_command_line(["--scores", str(folder), "--batch-size", "6", "--device", "cpu"])
+    assert (config.model.arch, config.model.width_mult, config.sparsity.keep_ratio) == ("resnet20_he", 0.125, 0.25)
+    assert (config.sparsity.residual_masks, config.train.batch_size) == ("tied", 6)
+    trial = bench.Bench(config, SHAPES, settings.scores, CPU)
+    run, step, _ = trial.build("compact")
+    assert torch.equal(run.network.scores.detach(), scores_U)
+    step()  # the projection must not take back what the falling budget still allows
+    assert run.network.scores.double().mean().item() == pytest.approx(scores_U.double().mean().item(), abs=0.02)
 
 
-def test_every_combination_is_a_case_and_comes_back_from_its_own_command_line():
-    words = "--arch vgg16 resnet20 --keep-ratio 0.5 0.25 0.5 --scores uniform late --precision bf16 --score-every 1 2"
-    cases = bench.cases_of(bench.read_command_line(words.split()))
-    assert len(cases) == 16
-    for case in cases:
-        assert bench.cases_of(bench.read_command_line(bench.as_arguments(case))) == [case]
+# ---- figures ----
 
 
-def run_bench(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tools.bench", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)
+def test_steps_are_timed_in_turn_after_warm_up():
+    ran = []
+    steps = {name: (lambda name=name: ran.append(name)) for name in ("a", "b", "c")}
+    times = bench.interleaved_times(steps, 4, CPU)
+    assert ran == ["a", "b", "c"] * (bench.WARM_UP_STEPS + 4)
+    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
 
 
-def test_the_last_line_is_json_with_every_figure():
-    words = "--arch vgg16 --repeats 1 --width-mult 0.0625 --batch-size 8 --no-memory --device cpu --scores uniform late"
-    result = run_bench(*words.split())
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    rows = json.loads(lines[-1])
-    assert [row["scores"] for row in rows] == ["uniform", "late"]
+def test_the_last_line_is_json_with_every_figure_and_the_table_shows_it(capsys, monkeypatch):
+    seconds = {"dense": [0.8, 0.4, 0.6, 1.0, 0.2], "compact": [0.3] * 5, "thin": [0.2] * 5}
+
+    def made_up(steps, repeats, device):
+        assert (list(steps), repeats) == (["dense", "compact", "thin"], 5)
+        for step in steps.values():
+            step()
+        return seconds
+
+    monkeypatch.setattr(bench, "interleaved_times", made_up)
+    words = "--repeats 5 --no-memory --score-every 2 --keep-ratio 0.3 --input-size 16 --num-classes 3"
+    assert bench.main([*SMALL, *words.split()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    figures = json.loads(lines[-1])
+    rows = figures["networks"]
+    assert [rows["dense"]["ms"], *rows["dense"]["ms_quartiles"]] == pytest.approx([300, 200, 400])
+    assert rows["compact"]["images_per_second"] == pytest.approx(4 * 2 / 0.3)
+    assert figures["dense/compact"] == pytest.approx(2)
+    assert figures["compact/thin"] == pytest.approx(1.5)
+    assert figures["dense/thin"] == pytest.approx(3)
+    r = rows["compact"]["flops_ratio"]
+    assert figures["ideal dense/compact, 3/(4r)"] == pytest.approx(3 / (4 * r))
+    assert 0.05 < r < rows["compact"]["padded_flops_ratio"] <= 1 == rows["dense"]["flops_ratio"]
+    assert rows["thin"]["flops_ratio"] == pytest.approx(r, rel=0.5)
+    assert (figures["config"]["keep_ratio"], figures["input_size"], figures["num_classes"]) == (0.3, 16, 3)
     assert torch.__version__ in lines[0]
-    for row in rows:
-        assert set(row) >= KEYS
-        assert row["dense_over_compact"] == pytest.approx(row["dense_ms"] / row["compact_ms"])
-        assert row["compact_over_thin"] == pytest.approx(row["compact_ms"] / row["thin_ms"])
-        assert row["dense_over_thin"] == pytest.approx(row["dense_ms"] / row["thin_ms"])
-        assert row["ideal"] == pytest.approx(3 / (4 * row["flops_ratio"]))
-        assert 0.15 < row["flops_ratio"] < 0.4
-        assert row["flops_ratio"] <= row["padded_flops_ratio"] <= 1
-        assert row["dense_peak_mb"] is row["thin_peak_mb"] is row["compact_peak_mb"] is None
+    table = {line.split("|")[1].strip(): line for line in lines if line.startswith("|")}
+    assert f"| 150.0 (150.0-150.0) |       27 | {r:.4f} |" in table["compact"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is read from /proc")
-def test_peak_memory_is_that_of_the_measured_process_alone():
-    held = torch.ones(300_000_000 // 4)  # what the parent holds must not count
-    case = make_case(arch="resnet20_he", width_mult=0.25)
-    result = run_bench(*bench.as_arguments(case), "--peak", "compact")
-    assert result.returncode == 0, result.stderr
-    peak = json.loads(result.stdout.splitlines()[-1])
-    assert peak["baseline_mb"] < peak["peak_mb"] < peak["baseline_mb"] + held.nbytes / 2**20
+def test_peak_memory_is_that_of_a_process_of_its_own(capsys):
+    held = torch.ones(300_000_000 // 4)  # what this process holds must not count
+    peak = bench.measure_peak([*SMALL, "--no-memory"], "compact")
+    assert 0 < peak["peak_mb"] - peak["baseline_mb"] < held.nbytes / 2**20
+
+
+def test_a_config_file_is_read_as_main_reads_it(tmp_path):
+    (tmp_path / "own.yaml").write_text("arch: vgg16\nkeep_ratio: 0.2\nK: 3\n")
+    words = ["--config", str(tmp_path / "own.yaml"), "--keep-ratio", "0.3", "--repeats", "3"]
+    settings, config = bench.read_command_line(words)
+    assert config == parse_args([word for word in words if word not in ("--repeats", "3")]).config
+    assert (config.model.arch, config.sparsity.keep_ratio, config.sparsity.K, settings.repeats) == ("vgg16", 0.3, 3, 3)
 
 
 @pytest.mark.parametrize(
     ("words", "part"),
     [
         ("--arch vgg17", "did you mean 'vgg1"),
-        ("--keep-ratio 0.5 50", "fraction, not a percentage"),
-        ("--batch-size one", "batch_size must be a whole number"),
-        ("--precision fp16", "precision must be one of fp32, bf16"),
-        ("--repeats 0", "repeats must be in [1, 10000]"),
-        ("--stream loose", "stream must be one of free, tied"),
-        ("--score-every 0", "score_every must be at least 1"),
-        ("--input-size 4", "input_size must be in [8, 512]"),
+        ("--keep-ratio 50", "fraction, not a percentage"),
+        ("--repeats 0", "--repeats: must be a whole number from 1 to 10000, got '0'"),
+        ("--input-size 4", "--input-size: must be a whole number from 8 to 512"),
         ("--arch vgg16 --input-size 16 --width-mult 0.0625", "use larger images"),
         ("--scores middle", "middle does not exist"),
-        ("--colour red", "--help lists every option"),
-        ("--keep-ratio 0.99 --scores late --width-mult 0.0625", "does not go with --scores late"),
+        ("--colour red", "--colour"),
+        ("--method thin", "method thin has no scores"),
+        ("--resume somewhere", "pass --scores RUN"),
+        ("--keep-ratio 0.99 --scores late --width-mult 0.0625", "do not go with --scores late"),
+        ("--scores RUN --arch vgg16", "do not fit layer"),
     ],
 )
-def test_mistakes_are_one_sentence_and_exit_code_2(words, part, capsys):
-    assert bench.main([*words.split(), "--device", "cpu"]) == 2
+def test_mistakes_are_one_sentence_and_exit_code_2(words, part, stored_run, capsys):
+    words = words.replace("RUN", str(stored_run[0])).split()
+    assert bench.main([*words, "--device", "cpu", "--no-memory"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert len(error.splitlines()) == 1
     assert part in error
-
-
-def test_options_that_a_checkpoint_decides_are_refused_beside_it(run_checkpoint, capsys):
-    assert bench.main(["--scores", str(run_checkpoint[0]), "--arch", "vgg16"]) == 2
-    assert "--arch" in capsys.readouterr().err
