@@ -3,105 +3,165 @@
 At a checkpoint weights and scores stand still. On some training batches, drawn anew with the augmentation of training,
 the losses of many masks are measured as a training step would: batch-norm by the batch, running statistics untouched,
 but in full float32 whatever the run's precision, and on the whole batch in one process. From these losses come the
-gradient of the expected loss, and for every estimator at the price of two forward passes its variance, bias, and how
-far it points the right way (`tools/gauge_figures.py`). Nothing of the run is changed; the report goes into its folder.
+gradient of the expected loss and, for every estimator at the price of two forward passes, its variance, its bias and
+how far it points the right way (`tools/gauge_figures.py`). The run itself is not changed; the report goes into its
+folder.
+
+Legend: K masks of one estimate, U units.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import pkgutil
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
-from args import OPTIONS as TRAINING_OPTIONS
-from args import Config, config_from_dict
+from args import ESTIMATORS, Config, config_from_dict
 from data import DataSplits
-from tools.bench import headline
-from tools.command_line import ToolParser, exit_code_of
-from tools.gauge_figures import Measured, measure
-from tools.gauge_passes import independent_batches, warm_up_batches
-from tools.gauge_report import aligned, entry_of, table_rows, write_report
+from tools.command_line import ToolParser, exit_code_of, headline, whole_number
+from tools.gauge_figures import (
+    REFERENCE,
+    Draws,
+    Figure,
+    estimator_figures,
+    plain,
+    reference_gradients,
+    sums_of,
+    table,
+    write_report,
+)
+from trainers.build import make_network, restore_model
+from trainers.default import backward_
 from trainers.devices import find_device
-from trainers.methods import method_of
+from trainers.methods import make_method
 from trainers.session import load_data
-from trainers.state import load_model_state, make_network
-from utils.algorithm.estimators import ESTIMATORS
+from utils.algorithm.estimators.base import Estimator, Gates
+from utils.algorithm.masks import sample_masks
+from utils.channels.network import SparseNetwork
+from utils.channels.norms import GateReader
+from utils.channels.plan import Plan
 from utils.errors import UserError
-from utils.options import Given, Option, convert, nearest
 from utils.run import checkpoint
 from utils.run.folder import environment_facts
 from utils.run.progress import announce
+from utils.seeds import stream_generator
 
-NUM_PARTS = 4  # of a batch for `subbatch`, if the run does not say
-
-# ---- the command line ----
-
-DEVICE = TRAINING_OPTIONS["device"]
-NUMBERS = (
-    Option("batches", "", int, False, 16, "training batches to measure on", within="[4, 100000]"),
-    Option("masks", "", int, False, 64, "masks on each of them, for every kind of estimator", within="[4, 100000]",
-           check=lambda count: "even: estimates use two each" if count % 2 else None),
-    Option("warm_up", "", int, False, 200, "batches before, from which estimators with memory learn",
-           within="[0, 10000000]"),
-    Option("seed", "", int, False, 0, "seed of batches and masks", within="[0, 2147483647]"),
-)  # fmt: skip
+MASKS_OF_AN_ESTIMATE = 2
+WARMING_UP, MEASURING = 0, 1  # purposes of random numbers
 
 
-def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
-    """All options, each value checked; `--help` prints and exits with code 0.
+# ---- batches ----
 
-    Raises: UserError for every mistake.
+
+@dataclass(frozen=True)
+class Batch:
+    """Images under masks of a network that stands still."""
+
+    network: SparseNetwork
+    images: Tensor
+    labels: Tensor
+    config: Config
+
+    def run(self, masks_KU: Tensor) -> tuple[Tensor, float]:
+        """Mean losses (K,) under the masks, and the multiply-adds of the passes, in dense forward passes."""
+        network, plans = self.network, [self.network.plan(mask_U) for mask_U in masks_KU.cpu().numpy()]
+        with torch.no_grad():
+            losses_K = torch.stack([self._loss(plan) for plan in plans])
+        return losses_K, sum(network.executed_macs(plan) for plan in plans) / network.dense_macs
+
+    def gates(self, mask_U: Tensor) -> Gates:
+        """What a backward pass under the mask shows."""
+        plan = self.network.plan(mask_U.cpu().numpy())
+        backward_(self.network, self._loss(plan), len(self.labels))
+        gates = GateReader(self.network).read(plan, len(self.labels))
+        self.network.clear_gradients()
+        return gates
+
+    def _loss(self, plan: Plan) -> Tensor:
+        logits = self.network(self.images, plan, update_statistics=False)
+        return F.cross_entropy(logits, self.labels, label_smoothing=self.config.train.label_smoothing)
+
+
+def independent_batches(
+    network: SparseNetwork, data: DataSplits, config: Config, seed: int, count: int
+) -> Iterator[Batch]:
+    """The first batch of each of several epochs that the run never reaches.
+
+    Those of a single epoch share no image, so they depend on each other; where the signal is small that would show.
     """
-    parser = ToolParser(
-        "tools.gauge",
-        "Measures the noise of every estimator on checkpoints of a search (see --save-every of main.py).",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument(
-        "--checkpoint",
-        nargs="+",
-        metavar="FILE",
-        help="of its checkpoints, such as epoch_5.pt (default: all numbered ones of the search, and last.pt)",
-    )
-    parser.add_argument(
-        "--estimators", nargs="+", metavar="NAME", help=f"of {', '.join(ESTIMATORS)} (default: all of them)"
-    )
-    for option in NUMBERS:
-        flag = f"--{option.key.replace('_', '-')}"
-        parser.add_argument(flag, metavar="N", help=f"{option.help} (default: {option.default})")
-    parser.add_argument("--device", metavar="DEVICE", help=f"{DEVICE.help} (default: auto)")
-    parser.add_argument("--data", metavar="PATH", help="root folder of the data sets (default: that of the run)")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="folder of the report (default: RUN/gauge)")
-    arguments = parser.parse_args(argv)
-    for option in (*NUMBERS, DEVICE):
-        text = getattr(arguments, option.key)
-        value = option.default if text is None else convert(option, Given(option.key, text, False, "command line"))
-        setattr(arguments, option.key, value)
-    for name in arguments.estimators or ():
-        if name not in ESTIMATORS:
-            advice = nearest(name, ESTIMATORS, f"they are {', '.join(ESTIMATORS)}")
-            raise UserError(f"--estimators: there is no estimator {name!r}; {advice}")
-    return arguments
+    for epoch in range(config.total_epochs + 1, config.total_epochs + 1 + 2 * count, 2):
+        images, labels = next(data.train.train_batches(config.train.batch_size, seed, epoch))
+        yield Batch(network, images, labels, config)
+
+
+def warm_up_batches(network: SparseNetwork, data: DataSplits, config: Config, seed: int, count: int) -> Iterator[Batch]:
+    """One batch after the other, as in training, of epochs that `independent_batches` leaves out."""
+    epochs = itertools.count(config.total_epochs, step=2)
+    batches = (data.train.train_batches(config.train.batch_size, seed, epoch) for epoch in epochs)
+    for images, labels in itertools.islice(itertools.chain.from_iterable(batches), count):
+        yield Batch(network, images, labels, config)
+
+
+# ---- measuring ----
+
+
+def warm_up_(estimators: Iterable[Estimator], batches: Iterable[Batch], scores_U: Tensor, seed: int) -> None:
+    """Lets estimators with memory learn from a step on each batch, with scores and weights held fixed."""
+    learning = [estimator for estimator in estimators if estimator.needs_gates]
+    generator = stream_generator(seed, WARMING_UP, scores_U.device)
+    for batch in batches if learning else ():
+        masks_KU = sample_masks(scores_U, generator, MASKS_OF_AN_ESTIMATE)
+        losses_K, gates = batch.run(masks_KU)[0].to(scores_U.dtype), batch.gates(masks_KU[0])
+        for estimator in learning:
+            estimator.observe(masks_KU, losses_K, gates)
+
+
+def measure(
+    batches: Iterable[Batch], estimators: dict[str, Estimator], scores_U: Tensor, num_masks: int, seed: int
+) -> tuple[dict[str, dict[str, Figure]], float]:
+    """Measures estimators at the price of two forward passes an estimate, all on the same batches and masks.
+
+    Args:
+        batches: at least 4, drawn independently of each other.
+        estimators: by name, with `REFERENCE` among them; they learn nothing here.
+        scores_U: (U,) in [0, 1]; float64 keeps rounding out of small differences.
+        num_masks: masks on each batch, even, at least 4.
+    Returns: figures by estimator, see `estimator_figures`, and what an estimate costs in dense forward passes.
+    Raises: FloatingPointError for a loss that is not finite.
+    """
+    generator = stream_generator(seed, MEASURING, scores_U.device)
+    masks, losses, costs = [], [], []
+    for batch in batches:
+        drawn = [sample_masks(scores_U, generator, MASKS_OF_AN_ESTIMATE) for _ in range(0, num_masks, 2)]
+        results, spent = zip(*(batch.run(masks_KU) for masks_KU in drawn), strict=True)
+        masks.append(torch.stack(drawn))
+        losses.append(torch.stack(results).to(scores_U.dtype))
+        costs += spent
+    draws = Draws(torch.stack(masks), torch.stack(losses))
+    if not torch.isfinite(draws.losses_NEK).all():
+        raise FloatingPointError("a loss is not finite")
+    reference_NU = reference_gradients(scores_U, draws, estimators[REFERENCE].alpha)
+    reference_NN = (reference_NU @ reference_NU.T).cpu()
+    sums = {name: sums_of(estimator, scores_U, draws, reference_NU) for name, estimator in estimators.items()}
+    figures = {name: estimator_figures(entry, sums[REFERENCE], reference_NN) for name, entry in sums.items()}
+    return figures, sum(costs) / len(costs)
 
 
 # ---- checkpoints ----
 
 
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint from the search of a run, and the configuration to measure it with."""
-
-    file: Path
-    config: Config
-    state: dict[str, Any]
+Source = tuple[Path, Config, dict[str, Any]]  # a checkpoint, the configuration to measure it with, its content
 
 
 def find_checkpoints(run: Path, names: Sequence[str] | None) -> list[Path]:
@@ -110,44 +170,36 @@ def find_checkpoints(run: Path, names: Sequence[str] | None) -> list[Path]:
     Raises: UserError for what is not there.
     """
     folder = run / "checkpoints"
-    there = sorted(folder.glob("*.pt"), key=lambda file: file.name)
+    there = {file.name: file for file in sorted(folder.glob("*.pt"))}
     if not there:
         raise UserError(f"{run} has no checkpoints/*.pt; give the folder of a run, such as runs/NAME/prune_rate=0.5")
-    if not names:
-        numbered = {int(found[1]): file for file in there if (found := re.fullmatch(r"epoch_(\d+)\.pt", file.name))}
-        return [numbered[epoch] for epoch in sorted(numbered)] + [file for file in there if file.name == "last.pt"]
-    files = []
-    for name in names:
-        file = next((path for path in (folder / name, Path(name)) if path.is_file()), None)
-        if file is None or file.resolve().parent != folder.resolve():
-            raise UserError(f"--checkpoint: {folder} has no {name}; it has {', '.join(file.name for file in there)}")
-        files.append(file)
-    return list(dict.fromkeys(files))
+    if names:
+        for name in names:
+            if Path(name).name not in there:
+                raise UserError(f"--checkpoint: {folder} has no {name}; it has {', '.join(there)}")
+        return [there[Path(name).name] for name in dict.fromkeys(names)]
+    numbered = {
+        int(found[1]): file for name, file in there.items() if (found := re.fullmatch(r"epoch_(\d+)\.pt", name))
+    }
+    return [numbered[epoch] for epoch in sorted(numbered)] + [file for name, file in there.items() if name == "last.pt"]
 
 
 def load_source(file: Path, settings: argparse.Namespace) -> Source:
     """Raises UserError unless it is the checkpoint of a run that trains scores."""
     state = checkpoint.load(file)
-    if "config" not in state:
-        raise UserError(f"{file} is not a checkpoint of a run; give a run folder that main.py made")
-    config = config_from_dict(state["config"], str(file))
-    if not method_of(config).has_scores:
+    given = {"data": settings.data} if settings.data else {}
+    stored = {**state["config"], "multigpu": None, "pretrained": None, "precision": "fp32"}
+    config = config_from_dict({**stored, "device": settings.device, **given}, str(file))
+    if not make_method(config).has_scores:
         raise UserError(f"{file} is of method {config.method}, which has no scores; give a run of method vrpge")
-    config = replace(
-        config,
-        run=replace(config.run, device=settings.device, multigpu=None),
-        data=replace(config.data, data=settings.data or config.data.data),
-        model=replace(config.model, pretrained=None),
-        train=replace(config.train, precision="fp32"),
-    )
-    return Source(file, config, state)
+    return file, config, state
 
 
-def reason_against(source: Source) -> str | None:
-    """Why there is nothing to estimate, if so."""
-    if source.state["phase"] != "search":
-        return f"is from after the search (phase {source.state['phase']})"
-    scores = [value for name, value in source.state["model"].items() if name.endswith(".scores")]
+def reason_against(state: dict[str, Any]) -> str | None:
+    """Why there is nothing to estimate at a checkpoint, if so."""
+    if state["phase"] != "search":
+        return f"is from after the search (phase {state['phase']})"
+    scores = [value for name, value in state["model"].items() if name.endswith(".scores")]
     decided = all(bool(((values == 0) | (values == 1)).all()) for values in scores)
     return "has scores of 0 and 1 only" if decided else None
 
@@ -157,57 +209,69 @@ def find_sources(settings: argparse.Namespace) -> Iterator[Source]:
 
     Raises: UserError before the first one if one that is named does not fit, or none does.
     """
-    fitting, reasons = [], []
-    for file in find_checkpoints(settings.run, settings.checkpoint):
-        if reason := reason_against(load_source(file, settings)):
-            reasons.append(f"{file.name} {reason}")
-        else:
-            fitting.append(file)
-    if not fitting or (reasons and settings.checkpoint):
+    files = find_checkpoints(settings.run, settings.checkpoint)
+    reasons = {file: reason_against(load_source(file, settings)[2]) for file in files}
+    against = [f"{file.name} {reason}" for file, reason in reasons.items() if reason]
+    if len(against) == len(reasons) or (against and settings.checkpoint):
         raise UserError(
-            f"there is nothing to estimate: in {settings.run} {', '.join(reasons)}; take checkpoints from the middle "
+            f"there is nothing to estimate: in {settings.run} {', '.join(against)}; take checkpoints from the middle "
             "of a search, which --save-every N of main.py keeps"
         )
-    for reason in reasons:
+    for reason in against:
         announce(f"left out: {reason}")
-    return (load_source(file, settings) for file in fitting)
+    return (load_source(file, settings) for file, reason in reasons.items() if not reason)
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Convolutions on a GPU would round to 10 bits otherwise, which drowns the effect of a single unit."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
-
-
-def measure_checkpoint(
-    source: Source, data: DataSplits, device: torch.device, settings: argparse.Namespace
-) -> Measured:
+def measure_checkpoint(source: Source, data: DataSplits, device: torch.device, settings: argparse.Namespace) -> dict:
     """Raises UserError for weights that have diverged."""
-    config = source.config
+    (file, config, state), seed = source, settings.seed
     network = make_network(config, data, device)
-    load_model_state(network, source.state)
+    restore_model(network, state)
     network.model.train()
-    batch_size, subbatch = config.train.batch_size, config.sparsity.subbatch
-    batches = independent_batches(network, data, config, settings.seed, settings.batches)
-    warm_up = warm_up_batches(network, data, config, settings.seed, settings.warm_up)
+    scores_U, alpha = network.scores.detach().double(), config.sparsity.alpha
+    names = dict.fromkeys([REFERENCE, *(settings.estimators or ESTIMATORS)])
+    estimators = {name: pkgutil.resolve_name(ESTIMATORS[name].path)(scores_U, alpha) for name in names}
+    warm_up = warm_up_batches(network, data, config, seed, settings.warm_up)
+    batches = independent_batches(network, data, config, seed, settings.batches)
     try:
-        with full_float32():
-            return measure(
-                tqdm(batches, "batches", settings.batches, disable=None),
-                tqdm(warm_up, "warm-up", settings.warm_up, disable=None),
-                network.scores.detach().double(),
-                settings.estimators or list(ESTIMATORS),
-                alpha=config.sparsity.alpha,
-                num_masks=settings.masks,
-                num_parts=subbatch or min(NUM_PARTS, batch_size // 2),
-                seed=settings.seed,
-            )
+        # A GPU would round to 10 bits otherwise, which drowns the effect of a single unit.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            warm_up_(estimators.values(), tqdm(warm_up, "warm-up", settings.warm_up, disable=None), scores_U, seed)
+            batches = tqdm(batches, "batches", settings.batches, disable=None)
+            figures, cost = measure(batches, estimators, scores_U, settings.masks, seed)
     except FloatingPointError as error:
-        raise UserError(f"{source.file} cannot be measured: {error}; take an earlier checkpoint") from error
+        raise UserError(f"{file} cannot be measured: {error}; take an earlier checkpoint") from error
+    return {"checkpoint": file.name, "epoch": state["epoch"], "cost": cost, "estimators": plain(figures)}
 
 
 # ---- the program ----
+
+
+def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Raises UserError for every mistake."""
+    parser = ToolParser(
+        "tools.gauge", "Measures the noise of estimators on checkpoints of a search (see --save-every of main.py)."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    about = "some of its checkpoints, such as epoch_5.pt (default: all numbered ones of the search, and last.pt)"
+    parser.add_argument("--checkpoint", nargs="+", metavar="FILE", help=about)
+    parser.add_argument("--estimators", nargs="+", choices=list(ESTIMATORS), metavar="NAME", help="(default: all)")
+    numbers = {
+        "batches": (16, 4, "training batches to measure on"),
+        "masks": (64, 4, "masks on each of them, an even number"),
+        "warm-up": (200, 0, "batches before, from which estimators with memory learn"),
+        "seed": (0, 0, "seed of batches and masks"),
+    }
+    for name, (default, least, about) in numbers.items():
+        kind = whole_number(least, 2**31 - 1)
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{about} (default: {default})")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--data", metavar="PATH", help="root folder of the data sets (default: that of the run)")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="folder of the report (default: RUN/gauge)")
+    settings = parser.parse_args(argv)
+    if settings.masks % MASKS_OF_AN_ESTIMATE:
+        raise UserError(f"--masks must be even, because an estimate takes two of them, got {settings.masks}")
+    return settings
 
 
 def report_folder(settings: argparse.Namespace) -> Path:
@@ -223,32 +287,26 @@ def report_folder(settings: argparse.Namespace) -> Path:
 
 def run(argv: Sequence[str] | None) -> None:
     settings = read_command_line(argv)
-    sources = find_sources(settings)
-    folder = report_folder(settings)
+    sources, folder = find_sources(settings), report_folder(settings)
     data, entries = None, []
-    for source in sources:
+    for file, config, state in sources:
         if data is None:  # the same for all checkpoints of a run
-            device = find_device(source.config)
+            device = find_device(config)
             print(headline(device), flush=True)
-            data = load_data(source.config, device)
-        if data.fingerprint != source.state["fingerprint"]:
+            data = load_data(config, device)
+        if data.fingerprint != state["fingerprint"]:
             raise UserError(
-                f"the images under --data {source.config.data.data} are not those that {source.file} was trained on; "
-                "point --data at the same files"
+                f"the images under --data {config.data.data} are not those that {file} was trained on; point --data at "
+                "the same files"
             )
-        announce(f"measuring {source.file.name}")
-        measured = measure_checkpoint(source, data, device, settings)
-        entries.append(entry_of(source.file.name, source.state["epoch"], measured))
-        print(aligned(table_rows(entries[-1])), flush=True)
-    facts = {
-        "run": str(settings.run),
-        **{option.key: getattr(settings, option.key) for option in NUMBERS},
-        "batch_size": source.config.train.batch_size,
-        "alpha": source.config.sparsity.alpha,
-        "environment": environment_facts(device),
-    }
+        announce(f"measuring {file.name}")
+        entries.append(measure_checkpoint((file, config, state), data, device, settings))
+        print(table(entries[-1]), flush=True)
+    facts = {key: getattr(settings, key) for key in ("batches", "masks", "warm_up", "seed")}
+    facts |= {"batch_size": config.train.batch_size, "alpha": config.sparsity.alpha}
+    facts |= {"run": str(settings.run), "environment": environment_facts(device)}
     write_report(folder, facts, headline(device), entries)
-    print(f"written: {folder / 'gauge.md'}, gauge.json and gauge.svg")
+    print(f"written: {folder / 'gauge.md'} and gauge.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
-"""How good estimators are, from the losses of many masks on several batches.
+"""How good estimators are, from the losses of many masks on several batches, and the report on it.
 
 Batches are drawn independently of each other, and so are the estimates on one batch. Everything below is a mean over
 estimates, over batches, or over pairs of different batches, so squares of means carry no bias from their own noise. The
-standard errors are the jackknife's over batches: they hold for differences and ratios too.
+standard errors are the jackknife's over batches, which hold for differences and ratios too.
 
 Legend: N batches, E estimates on each batch, K masks of one estimate, U units.
 """
@@ -10,18 +10,22 @@ Legend: N batches, E estimates on each batch, K masks of one estimate, U units.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from utils.algorithm.estimator import vrpge_gradient
 
-from tools.gauge_passes import Batch, Draws, collect, kind_of, warm_memories
-from utils.algorithm.estimators import ESTIMATORS, Memory
+from tools.command_line import aligned
+from utils.algorithm.estimators.base import Estimator
+from utils.algorithm.estimators.vrpge import vrpge_gradient
+from utils.run.folder import write_json
 
-REFERENCE = "vrpge"  # what variances are compared with; its masks also make the reference gradient
+REFERENCE = "vrpge"  # whose variance is the unit
+VISIBLE = 3.0  # standard errors from which on a bias is told; with several estimators two would cry wolf now and then
+MISSING = "-"
 
 
 class Figure(NamedTuple):
@@ -29,6 +33,16 @@ class Figure(NamedTuple):
 
     value: float
     error: float
+
+
+class Draws(NamedTuple):
+    """All that estimates are made of: masks, bool, and the mean loss of each batch under them."""
+
+    masks_NEKU: Tensor
+    losses_NEK: Tensor
+
+
+# ---- estimates ----
 
 
 @dataclass(frozen=True)
@@ -48,27 +62,18 @@ class Sums:
     alignments_NEN: Tensor
 
 
-# ---- estimates ----
-
-
 def reference_gradients(scores_U: Tensor, draws: Draws, alpha: float) -> Tensor:
-    """(N, U): for each batch VR-PGE in the K-sample form over all of its masks, which must be independent."""
-    both = zip(draws.masks_NEKU.flatten(1, 2), draws.losses.flatten(1), strict=True)
+    """(N, U): for each batch VR-PGE in the K-sample form over all of its masks."""
+    both = zip(draws.masks_NEKU.flatten(1, 2), draws.losses_NEK.flatten(1), strict=True)
     return torch.stack([vrpge_gradient(scores_U, masks_KU, losses_K, alpha) for masks_KU, losses_K in both])
 
 
-def sums_of(
-    name: str, scores_U: Tensor, draws: Draws, alpha: float, memory: Memory | None, reference_NU: Tensor
-) -> Sums:
-    """Makes all estimates of one estimator, batch by batch, and keeps what `figures` reads."""
+def sums_of(estimator: Estimator, scores_U: Tensor, draws: Draws, reference_NU: Tensor) -> Sums:
+    """Makes all estimates of one estimator, batch by batch, and keeps what `estimator_figures` reads."""
     means, squares, alignments = [], [], []
-    for masks_EKU, losses_E in zip(draws.masks_NEKU, draws.losses, strict=True):
-        estimates_EU = torch.stack(
-            [
-                ESTIMATORS[name].gradient(scores_U, masks_KU, losses, alpha, memory)
-                for masks_KU, losses in zip(masks_EKU, losses_E, strict=True)
-            ]
-        )
+    for masks_EKU, losses_EK in zip(draws.masks_NEKU, draws.losses_NEK, strict=True):
+        pairs = zip(masks_EKU, losses_EK, strict=True)
+        estimates_EU = torch.stack([estimator.gradient(scores_U, masks_KU, losses_K) for masks_KU, losses_K in pairs])
         norms_E = estimates_EU.norm(dim=1)
         directions_EU = estimates_EU / norms_E.masked_fill(norms_E == 0, 1.0)[:, None]
         means.append(estimates_EU.mean(dim=0))
@@ -96,9 +101,9 @@ def squared_mean(products_NN: Tensor) -> float:
 def estimator_figures(sums: Sums, plain: Sums, reference_NN: Tensor) -> dict[str, Figure]:
     """What is said of one estimator; squares and variances are summed over units.
 
-    variance: E |g|^2 - |E g|^2 over batches and masks; mask_variance: of one batch over masks, mean over batches;
-    batch_variance: the rest, which no estimator can take away; relative_variance: to that of VR-PGE;
-    squared_bias: |E g - gradient|^2; share_of_signal: |E g|^2 / E |g|^2; cosine, cosine_sd: mean and standard
+    variance: E |g|^2 - |E g|^2 over batches and masks; relative_variance: to that of VR-PGE; mask_share: the part of it
+    that the masks on one batch make, the rest is due to the choice of the batch, which no estimator can take away;
+    bias: |E g - gradient|^2 / |gradient|^2; share_of_signal: |E g|^2 / E |g|^2; cosine, cosine_sd: mean and standard
     deviation of the cosine between one estimate and the gradient, the noise of the reference taken off.
 
     Args:
@@ -110,34 +115,20 @@ def estimator_figures(sums: Sums, plain: Sums, reference_NN: Tensor) -> dict[str
         square = float(sums.squares_N[kept].mean())
         signal = squared_mean(_pairs(sums.products_NN, kept))
         variance = _beyond_rounding(square - signal, square)
-        mask_variance = _beyond_rounding(_mask_variance(sums, kept), square)
+        squared_norm = squared_mean(_pairs(reference_NN, kept))
         plain_variance = float(plain.squares_N[kept].mean()) - squared_mean(_pairs(plain.products_NN, kept))
-        cosine, cosine_sd = _cosine(sums.alignments_NEN[kept][:, :, kept], squared_mean(_pairs(reference_NN, kept)))
+        cosine, cosine_sd = _cosine(sums.alignments_NEN[kept][:, :, kept], squared_norm)
         return {
             "variance": variance,
-            "mask_variance": mask_variance,
-            "batch_variance": variance - mask_variance,
             "relative_variance": _ratio(variance, plain_variance),
-            "squared_bias": squared_mean(_pairs(sums.deviations_NN, kept)),
+            "mask_share": _ratio(_mask_variance(sums, kept), variance),
+            "bias": _ratio(squared_mean(_pairs(sums.deviations_NN, kept)), squared_norm),
             "share_of_signal": _ratio(signal, square),
             "cosine": cosine,
             "cosine_sd": cosine_sd,
         }
 
     return jackknife(statistics, len(sums.squares_N))
-
-
-def reference_figures(reference_NN: Tensor) -> dict[str, Figure]:
-    """squared_norm: of the gradient. squared_error: expected squared error of the mean of the references, over masks
-    and batches.
-    """
-
-    def statistics(kept: Tensor) -> dict[str, float]:
-        products = _pairs(reference_NN, kept)
-        squared_norm = squared_mean(products)
-        return {"squared_norm": squared_norm, "squared_error": float(products.mean()) - squared_norm}
-
-    return jackknife(statistics, len(reference_NN))
 
 
 def _pairs(products_NN: Tensor, kept: Tensor) -> Tensor:
@@ -190,62 +181,70 @@ def jackknife(statistics: Callable[[Tensor], Mapping[str, float]], count: int) -
     return {name: Figure(value, error(name)) for name, value in values.items()}
 
 
-@dataclass(frozen=True)
-class Measured:
-    """All figures of one checkpoint.
+# ---- the report ----
 
-    Attributes:
-        reference: see `reference_figures`.
-        estimators: by name, see `estimator_figures`.
-        costs: by name, of one estimate in dense forward passes.
-        memories: what the estimators with memory went into the measurement with.
-        reference_U: (U,) the reference gradient, preconditioned as the estimates are.
-    """
-
-    reference: dict[str, Figure]
-    estimators: dict[str, dict[str, Figure]]
-    costs: dict[str, float]
-    memories: dict[str, Memory]
-    reference_U: Tensor
+LEGEND = f"""\
+Standard errors are in brackets. All estimators cost two forward passes and are measured on the same batches, in the
+scale that all share, (s (1 - s))^alpha times the gradient, summed over units. Variance: as a multiple of that of
+{REFERENCE}. Masks: the part of the variance that more masks on the same batch would take away; the rest is due to the
+choice of the batch. Signal: |E g|^2 / E |g|^2. Cosine: between one estimate and the gradient, mean and standard
+deviation (sd). Bias: its square as a part of the squared gradient, where it is more than {VISIBLE:g} standard errors.
+Forwards: multiply-adds of an estimate, as a multiple of a dense forward pass. taylor reads no masks, so at a checkpoint
+it has no variance: its noise is that of what it learnt before, and it needs half of the forwards. {MISSING}: drowned in
+noise, take more batches and masks."""
 
 
-def measure(
-    batches: Iterable[Batch],
-    warm_up: Iterable[Batch],
-    scores_U: Tensor,
-    names: Sequence[str],
-    *,
-    alpha: float,
-    num_masks: int,
-    num_parts: int,
-    seed: int,
-) -> Measured:
-    """Measures estimators at the price of two forward passes an estimate, all on the same batches.
+def plain(estimators: Mapping[str, Mapping[str, Figure]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """The figures of one checkpoint as plain values, for JSON; None for what could not be told."""
 
-    Args:
-        batches: at least 4, drawn independently of each other.
-        warm_up: other batches, one for each step that memories learn from.
-        scores_U: (U,) in [0, 1]; float64 keeps rounding out of small differences.
-        names: of `ESTIMATORS`; VR-PGE is measured anyway.
-        num_masks: masks on each batch for every kind of estimator, even, at least 4.
-        num_parts: of a batch, for `subbatch`.
-    Raises: FloatingPointError for a loss that is not finite.
-    """
-    names = list(dict.fromkeys([REFERENCE, *names]))
-    memories = warm_memories(warm_up, scores_U, names, seed)
-    kinds = list(dict.fromkeys(map(kind_of, names)))
-    draws = collect(batches, scores_U, kinds, num_masks // 2, num_parts, seed)
-    if not all(bool(torch.isfinite(drawn.losses).all()) for drawn in draws.values()):
-        raise FloatingPointError("a loss is not finite")
-    reference_NU = reference_gradients(scores_U, draws[kind_of(REFERENCE)], alpha)
-    reference_NN = (reference_NU @ reference_NU.T).cpu()
-    sums = {
-        name: sums_of(name, scores_U, draws[kind_of(name)], alpha, memories.get(name), reference_NU) for name in names
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return {
+        name: {key: {"value": finite(f.value), "error": finite(f.error)} for key, f in figures.items()}
+        for name, figures in estimators.items()
     }
-    return Measured(
-        reference=reference_figures(reference_NN),
-        estimators={name: estimator_figures(sums[name], sums[REFERENCE], reference_NN) for name in names},
-        costs={name: draws[kind_of(name)].cost for name in names},
-        memories=memories,
-        reference_U=reference_NU.mean(dim=0),
+
+
+def table(entry: Mapping[str, Any]) -> str:
+    """One row for each estimator of a checkpoint."""
+    return aligned(
+        [
+            {
+                "estimator": name,
+                "variance": _told(figures["relative_variance"], 1),
+                "masks": _told(figures["mask_share"], 100, " %"),
+                "signal": _told(figures["share_of_signal"], 100, " %"),
+                "cosine": _told(figures["cosine"], 1),
+                "its sd": _told(figures["cosine_sd"], 1),
+                "bias": _told(figures["bias"], 100, " %", least=VISIBLE),
+                "forwards": f"{entry['cost']:.2f}",
+            }
+            for name, figures in entry["estimators"].items()
+        ]
     )
+
+
+def _told(figure: Mapping[str, float | None], factor: float, unit: str = "", least: float = -math.inf) -> str:
+    """A figure with its error; "none seen" if it is less than so many errors."""
+    if figure["value"] is None or figure["error"] is None:
+        return MISSING
+    value, error = factor * figure["value"], factor * figure["error"]
+    digits = 0 if abs(value) >= 100 else 3
+    return f"{value:.{digits}f} ({error:.{digits}f}){unit}" if value > least * error else "none seen"
+
+
+def write_report(folder: Path, facts: Mapping[str, Any], headline: str, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Writes gauge.json and gauge.md into a folder that exists, over older ones."""
+    write_json(folder / "gauge.json", {**facts, "checkpoints": list(entries)})
+    lines = [
+        f"# Estimators on checkpoints of {facts['run']}",
+        "",
+        f"{facts['batches']} batches of {facts['batch_size']} images, {facts['masks']} masks on each, "
+        f"{facts['warm_up']} steps of warm-up, seed {facts['seed']}, alpha {facts['alpha']:g}; {headline}",
+        "",
+        LEGEND,
+    ]
+    for entry in entries:
+        lines += ["", f"## {entry['checkpoint']} ({entry['epoch']} epochs)", "", table(entry)]
+    (folder / "gauge.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
