@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from main import main
+from tests.conftest import TINY
 from tests.ranks import program as ranks
 from tests.ranks.test_ranks import torchrun
 from tests.toy import one_thread  # noqa: F401
-from tests.trainers.test_main import TINY, tiny_images  # noqa: F401
 from utils.run.checkpoint import load
 
 EPOCHS, BATCH, FINETUNE_EPOCHS, FINETUNE_BATCH, NUM_SUBNETS, BN_BATCHES = 3, 16, 2, 12, 2, 2
@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder, tiny_images) -> list[dict[str, Any]]:  # noqa: F811
+def results(folder, tiny_images) -> list[dict[str, Any]]:
     """What each rank came to in `ranks.checks`."""
     result = torchrun("-m", "tests.ranks.program", "checks", str(folder), str(tiny_images))
     assert result.returncode == 0, result.stderr
@@ -89,7 +89,7 @@ def passes(num_ranks: int, method: str, heldout: int, judges: int) -> int:
     ],
 )
 def test_the_ledger_counts_every_pass_of_every_rank(
-    request, folder, tmp_path, tiny_images, num_ranks, name, method, options, heldout, judges  # noqa: F811
+    request, folder, tmp_path, tiny_images, num_ranks, name, method, options, heldout, judges
 ):  # fmt: skip
     """Masked execution computes every channel, so every pass costs what a dense one does."""
     runs = folder / "runs"

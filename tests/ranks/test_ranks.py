@@ -23,9 +23,9 @@ import trainers.devices
 import trainers.session
 from args import Config, config_from_dict
 from main import main
+from tests.conftest import TINY
 from tests.ranks import program as ranks
 from tests.toy import batch, config, one_thread  # noqa: F401
-from tests.trainers.test_main import TINY, tiny_images  # noqa: F401
 from trainers.default import StepSettings, project_scores_, weight_step
 from trainers.devices import check_ranks, find_device
 from utils.algorithm.estimators import ESTIMATORS
@@ -257,7 +257,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def codes(folder, tiny_images) -> list[dict[str, list[int]]]:  # noqa: F811
+def codes(folder, tiny_images) -> list[dict[str, list[int]]]:
     """Exit codes of each rank in `ranks.programs`."""
     result = torchrun("-m", "tests.ranks.program", "programs", str(folder), str(tiny_images))
     assert result.returncode == 0, result.stderr
@@ -301,7 +301,7 @@ def test_every_method_keeps_the_ranks_alike(codes):
     assert set(codes[0]["methods"]) == set(codes[1]["methods"]) == {0}
 
 
-def test_a_rank_that_fails_ends_all_and_says_why_once(folder, tiny_images):  # noqa: F811
+def test_a_rank_that_fails_ends_all_and_says_why_once(folder, tiny_images):
     begin = time.monotonic()
     result = torchrun("-m", "tests.ranks.program", "fail", str(folder), str(tiny_images))
     assert result.returncode == 1

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from args import parse_args
-from tests.trainers.test_main import tiny_images  # noqa: F401  (a fixture)
 from tools import reproduce
 from tools.table_report import T_95, Results, interval
 from tools.tables import Row, Run, Table, config_hash, options_of, read_table
@@ -762,7 +761,7 @@ def test_a_reading_by_hand_survives(make):
 # ---- the real thing ----
 
 
-def test_a_real_run_is_found_by_its_own_config(tmp_path, monkeypatch, tiny_images):  # noqa: F811
+def test_a_real_run_is_found_by_its_own_config(tmp_path, monkeypatch, tiny_images):
     monkeypatch.chdir(tmp_path)
     options = {"set": "ImageFolder", "data": str(tiny_images), "arch": "resnet20_he", "width_mult": 0.25, "workers": 0}
     options |= {"epochs": 1, "batch_size": 40, "finetune": False, "num_subnets": 1, "bn_batches": 1, "holdout": 0.2}

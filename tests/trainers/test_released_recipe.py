@@ -26,7 +26,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from data import BatchedSet, build_data
 from main import main
 from tests.toy import one_thread  # noqa: F401
-from tests.trainers.test_main import tiny_images  # noqa: F401
 from utils.run.checkpoint import load
 
 PROJECT = Path(__file__).parents[2]
@@ -66,7 +65,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_images) -> Run:  # noqa: F811
+def run(tmp_path_factory, tiny_images) -> Run:
     """The program on its configuration, its batches turned into float64."""
     seen, folder, depth = Run(), tmp_path_factory.mktemp("released"), []
     train_batches, batches = BatchedSet.train_batches, BatchedSet.batches
@@ -322,7 +321,7 @@ class Recipe:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_images, in_float64) -> Recipe:  # noqa: F811
+def reference(tiny_images, in_float64) -> Recipe:
     return Recipe(tiny_images)
 
 
