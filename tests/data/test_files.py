@@ -87,11 +87,6 @@ def test_unusual_but_whole_images_are_read(tmp_path, name):
     assert (pixels == 51).all()
 
 
-def test_pixels_are_read_as_they_are(tmp_path):
-    NOISE.save(tmp_path / "noise.png")
-    np.testing.assert_array_equal(open_rgb(tmp_path / "noise.png"), NOISE)
-
-
 # --- the check of all files ---
 
 

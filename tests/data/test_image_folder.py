@@ -83,6 +83,15 @@ def test_image_folder_resizes_the_shorter_side_and_cuts_the_centre(tmp_path):
     assert (splits.train.images[:, 0] == 0).all()
 
 
+def test_pixels_keep_their_places(tmp_path):
+    make_folders(tmp_path, per_class=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for name in ("cat", "dog"):
+        Image.fromarray(pixels).save(tmp_path / "test" / name / "0.png")
+    images = build_data("ImageFolder", tmp_path).test.images.numpy()
+    np.testing.assert_array_equal(images, np.stack([pixels.transpose(2, 0, 1)] * 2))
+
+
 def test_image_folder_without_root_or_parts(tmp_path):
     with pytest.raises(UserError, match=r"there is no folder .*absent"):
         build_data("ImageFolder", tmp_path / "absent")

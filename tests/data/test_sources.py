@@ -96,6 +96,7 @@ def test_idx_files_from_root(tmp_path, name, compress):
     np.testing.assert_array_equal(splits.train.images[:, 0, 2:30, 2:30].numpy(), arrays[0])
     np.testing.assert_array_equal(splits.test.images[:, 0, 2:30, 2:30].numpy(), arrays[2])
     assert splits.train.labels.tolist() == arrays[1].tolist()
+    assert (splits.train.mean, splits.train.std) == sources.MEAN_STD[name]
     assert len(splits.holdout) == 0
 
 

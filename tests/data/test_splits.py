@@ -8,7 +8,7 @@ import torch
 
 from args import SETS
 from data import build_data, sources, split_holdout
-from tests.data.samples import make_folders, write_cifar
+from tests.data.samples import make_folders, write_cifar, write_idx_files
 from utils.errors import UserError
 
 
@@ -65,8 +65,9 @@ def test_every_set_that_can_be_chosen_is_known(tmp_path, monkeypatch):
 
 
 def test_sets_of_one_size_refuse_another(tmp_path):
-    with pytest.raises(UserError, match="image_size=64 is not possible for FashionMNIST"):
-        build_data("FashionMNIST", tmp_path, image_size=64)
+    write_idx_files(tmp_path / "MNIST" / "raw", compress=False)
+    with pytest.raises(UserError, match="image_size=64 is not possible for MNIST"):
+        build_data("MNIST", tmp_path, image_size=64)
 
 
 def test_a_disk_that_cannot_be_read_is_a_user_error(tmp_path, monkeypatch):
