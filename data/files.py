@@ -16,8 +16,8 @@ IMAGENET_CLASSES = 1000
 
 _SHUFFLE_SEED = 0
 
-# Pillow refuses images of more than 179 million pixels, but only warns of more than 89 million. Here both are refused, in
-# all threads and in all processes that decode.
+# Pillow refuses images of more than 179 million pixels, but only warns of more than 89 million. Here both are refused,
+# in all threads and in all processes that decode.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
