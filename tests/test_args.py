@@ -159,7 +159,7 @@ def test_dashes_and_underscores_are_the_same(tmp_path):
 def test_switches():
     for spelling in ("--no-shrink", "--shrink off", "--shrink=false", "--no_shrink", "--retire off"):
         assert parse(spelling).config.sparsity.shrink is False
-        assert parse(spelling).config.sparsity.retires is False
+        assert parse(spelling).config.shrinks is False
     for spelling in ("--shrink", "--shrink on", "--retire on"):
         assert parse(spelling).config.sparsity.shrink is True
         assert parse(spelling).origin["shrink"] == "command line"
@@ -496,7 +496,6 @@ def test_what_a_method_does_not_read_is_refused_on_the_command_line_and_tolerate
         ("data", "", "--set MNIST"),
         ("image_size", "--set CIFAR10", "--set ImageNet"),
         ("workers", "", "--set ImageFolder"),
-        ("bad_images", "--set MNIST", "--set ImageFolder"),
         ("shrink", "--execution masked", "--execution compact"),
     ],
 )

@@ -609,7 +609,7 @@ def test_texts_become_values_by_the_type_of_their_option(tmp_path):
     path.write_text(table.replace(", name-of: x", ", width-mult: 2, pretrained: null"))
     options = read_table(path).rows["half"].options
     base = {"arch": "resnet20_he", "epochs": 4, "finetune": False}
-    given = {"score_lr": 0.012, "batch_size": 12, "retire": "off", "nesterov": False, "width_mult": 2.0}
+    given = {"score_lr": 0.012, "batch_size": 12, "shrink": False, "nesterov": False, "width_mult": 2.0}
     assert options == {**base, **given, "pretrained": None}
 
 

@@ -40,14 +40,14 @@ def tables(text: str, above: str = "") -> list[tuple[str, list[dict[str, str]]]]
     return found
 
 
-def test_the_readme_says_what_the_tables_say():
-    readme = (PROJECT / "README.md").read_text()
+@pytest.mark.parametrize(("page", "num_tables", "num_lists"), [("README.md", 1, 0), ("docs/results.md", 3, 1)])
+def test_a_page_says_what_the_tables_say(page, num_tables, num_lists):
+    text = (PROJECT / page).read_text()
     above = r"<!-- of results/(\w+)\.md -->"
-    told = tables(readme, above)
-    lists = re.findall(rf"^{above}\n\n((?:- .*\n)+)", readme, re.MULTILINE)
-    assert told
-    assert lists
-    assert len(told) + len(lists) == readme.count("<!-- of results/")
+    told = tables(text, above)
+    lists = re.findall(rf"^{above}\n\n((?:- .*\n)+)", text, re.MULTILINE)
+    assert (len(told), len(lists)) == (num_tables, num_lists)
+    assert len(told) + len(lists) == text.count("<!-- of results/")
     for name, lines in lists:
         assert set(lines.splitlines()) <= set((PROJECT / f"results/{name}.md").read_text().splitlines()), name
     for name, rows in told:

@@ -194,7 +194,7 @@ class Recipe:
     """The released recipe; slow and plain."""
 
     def __init__(self, images: Path) -> None:
-        settings = {"holdout": 0, "image_size": 0, "workers": 0, "bad_images": "error", "device": torch.device("cpu")}
+        settings = {"holdout": 0, "image_size": 0, "workers": 0, "device": torch.device("cpu")}
         self.data = build_data("ImageFolder", str(images), **settings)
         torch.manual_seed(SEED)
         self.net = TinyResNet(self.data.num_classes)
