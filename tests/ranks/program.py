@@ -1,107 +1,90 @@
-"""What `test_distributed.py` has two ranks do: `torchrun -m tests.ranks.program WHAT FOLDER [FOLDER of images]`.
+"""What `test_ranks.py` has two ranks do: `torchrun -m tests.ranks.program WHAT FOLDER [FOLDER of images]`.
 
 Every rank writes what it came to into FOLDER/rankN.pt; the tests compare that with a single process.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import redirect_stderr
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from trainers.retirement import retire
 
 import trainers.recipe
-from args import Config
+from args import METHODS, Config
 from data import ImageSet
 from main import main
-from tests.toy import IMAGE_SHAPE, NETWORKS, batch, config, plain_net, sparse_network
-from trainers.default import (
-    SearchState,
-    StepSettings,
-    draw_masks,
-    estimator_of,
-    evaluate,
-    first_memory,
-    num_drawing_ranks,
-    num_full_passes,
-    num_masks,
-    train_step,
-    weight_step,
-)
-from trainers.methods import METHODS
+from tests.toy import IMAGE_SHAPE, NETWORKS, batch, config, plain_net, search_of, sparse_network
+from trainers.default import StepSettings, evaluate, weight_step
+from trainers.methods.base import Method
+from trainers.methods.released import Released
+from trainers.methods.vrpge import Coin, PolicyGradient
+from trainers.state import RunState
+from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
-from utils.channels.norms import GateReader
+from utils.channels.shrink import drop_dead_units
 from utils.errors import RankError
 from utils.ranks.exchange import agreed_signal, check_equal, joined, num_ranks, rank
 from utils.run.metrics import CostLedger
 
-RANKS, STEPS, BATCH_SIZE, RETIRE_AFTER = 2, 5, 9, 2
+RANKS, STEPS, BATCH_SIZE, SHRINK_AFTER = 2, 5, 9, 2
 CPU = torch.device("cpu")
 
-# name -> (network, execution, options of the sparsity, options of the training)
-CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
-    "shared": ("released", "compact", {}, {}),
-    "shared, masked": ("preactivation", "masked", {}, {}),
-    "shared, clipped jointly": ("preactivation", "compact", {}, {"clip_jointly": True, "clip_norm": 0.1}),
-    "shared, in parts": ("released", "compact", {"subbatch": 2}, {}),
-    "shared, every other step": ("released", "compact", {"score_every": 2}, {}),
-    "shared, gates": (
-        *("released", "compact"),
-        {"estimator": "linear_cv_gates"},
-        {"batch_size": BATCH_SIZE, "clip_norm": 0.5},
+
+class Case(NamedTuple):
+    """A search that is run by two ranks and by one process."""
+
+    kind: str = "released"
+    execution: str = "compact"
+    method: type[Method] = PolicyGradient
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+INDEPENDENT = {"rank_masks": "independent"}
+CASES = {
+    "shared": Case(),
+    "shared, masked": Case("preactivation", "masked"),
+    "shared, clipped": Case("preactivation", options={"clip_norm": 0.1}),
+    "shared, every other step": Case(options={"score_every": 2}),
+    "shared, tangent of the flops": Case(options={"budget": "flops", "score_gradient": "tangent"}),
+    "shared, gates": Case(
+        options={"estimator": "linear_cv_gates", "batch_size": BATCH_SIZE, "clip_norm": 0.5},
     ),
-    "independent": ("released", "compact", {"rank_masks": "independent"}, {"clip_norm": 0.5}),
-    "independent, masked": ("released", "masked", {"rank_masks": "independent"}, {}),
-    "independent, three masks": ("preactivation", "compact", {"rank_masks": "independent", "K": 3}, {}),
-    "independent, two for the weights": (
-        *("released", "compact"),
-        {"rank_masks": "independent", "K": 3, "weight_samples": 2},
-        {},
-    ),
-    "independent, in parts": ("released", "compact", {"rank_masks": "independent", "subbatch": 2}, {}),
+    "shared, coin": Case(method=Coin),
+    "released": Case(execution="released", method=Released, options={"clip_norm": 0.5}),
+    "independent": Case(options={**INDEPENDENT, "clip_norm": 0.5}),
+    "independent, masked": Case(execution="masked", options=INDEPENDENT),
+    "independent, three masks": Case("preactivation", options={**INDEPENDENT, "K": 3}),
 }
 
 
-def case_config(name: str) -> Config:
-    _, _, sparsity, train = CASES[name]
-    base = config()
-    return replace(base, sparsity=replace(base.sparsity, **sparsity), train=replace(base.train, **train))
-
-
-def search_state(name: str) -> SearchState:
-    """The state before the first step of a case."""
-    kind, execution, _, _ = CASES[name]
-    sparsity = case_config(name).sparsity
-    network = sparse_network(plain_net(kind), NETWORKS[kind].LAYERS, execution)
-    generator = torch.Generator().manual_seed(4)
+def run_of(name: str) -> tuple[RunState, Method, Config]:
+    """A case before its first step."""
+    case = CASES[name]
+    options = config(**case.options)
+    method = case.method(options)
+    network = sparse_network(plain_net(case.kind), NETWORKS[case.kind].LAYERS, case.execution)
+    generator = torch.Generator().manual_seed(3)
     network.scores.copy_(torch.rand(network.num_units, generator=generator, dtype=torch.float64) * 0.6 + 0.1)
     network.model.train()
-    return SearchState(
-        network,
-        torch.optim.SGD(network.weight_parameters(), lr=9.0, momentum=0.9, weight_decay=5e-2),
-        torch.optim.Adam([network.scores], lr=9.0),
-        generator,
-        draw_masks(network, generator, num_masks(sparsity), num_drawing_ranks(sparsity)),
-        memory=first_memory(network.scores, sparsity),
-        gate_reader=GateReader(network) if estimator_of(sparsity).reads_gates else None,
-    )
+    weights = torch.optim.SGD(network.weight_parameters(), lr=9.0, momentum=0.9, weight_decay=5e-2)
+    search = search_of(network, options, seed=4, weight_optimizer=weights)
+    search.estimator = method.wrapped(search.estimator, CPU)
+    return RunState(network, search.budget, weights, "search", network.dense_plan, search), method, options
 
 
 def settings_of(step: int, options: Config) -> StepSettings:
-    return StepSettings(0.05, 0.15, kept_fraction=0.3, update_scores=step % options.sparsity.score_every == 0)
+    return StepSettings(0.05, 0.15, keep_ratio=0.3, update_scores=step % options.sparsity.score_every == 0)
 
 
 def part(number: int) -> slice:
@@ -110,49 +93,45 @@ def part(number: int) -> slice:
 
 
 def train(name: str) -> dict[str, Any]:
-    state, options = search_state(name), case_config(name)
+    run, method, options = run_of(name)
     metrics, costs = [], CostLedger()
     for step in range(STEPS):
         images, labels = (t[part(rank())] for t in batch(BATCH_SIZE, seed=step))
-        settings = settings_of(step, options)
-        forward = [
-            (state.network.executed_macs(plan), 0)
-            for plan in state.draw.plans[: num_full_passes(options.sparsity, settings.update_scores)]
-        ]
+        result = method.step(run, images, labels, settings_of(step, options))
         spent = CostLedger()
-        spent.add_step(len(labels), forward, options.sparsity.weight_samples, state.network.dense_macs)
+        spent.add_step(len(labels), result.forward, result.num_backward, run.network.dense_macs)
         costs.add(spent.of_all_ranks())
-        metrics.append(train_step(state, images, labels, settings, options))
-        if step == RETIRE_AFTER and state.network.execution == "compact":
-            retire(state)
+        metrics.append(result.metrics)
+        if step == SHRINK_AFTER and run.network.execution == "compact":
+            drop_dead_units(run.network, run.search.score_optimizer, run.weight_optimizer)
     return {
-        "model": state.network.model.state_dict(),
-        "optimizers": [state.weight_optimizer.state_dict(), state.score_optimizer.state_dict()],
-        "masks": state.draw.drawn,
-        "memory": {} if state.memory is None else dict(vars(state.memory)),
-        "generator": state.generator.get_state(),
+        "model": run.network.model.state_dict(),
+        "optimizers": [run.weight_optimizer.state_dict(), run.search.score_optimizer.state_dict()],
+        "masks": run.search.masks.drawn,
+        "memory": run.search.estimator.state_dict(),
+        "generator": run.search.generator.get_state(),
         "metrics": metrics,
         "executed": costs.executed,
     }
 
 
 def train_dense() -> dict[str, Tensor]:
-    network = dense_network()
-    optimizer = torch.optim.SGD(network.weight_parameters(), lr=9.0, momentum=0.9)
+    run = dense_run()
     for step in range(STEPS):
         images, labels = (t[part(rank())] for t in batch(BATCH_SIZE, seed=step))
-        weight_step(network, optimizer, network.dense_plan, images, labels, StepSettings(0.05), config())
-    return network.model.state_dict()
+        weight_step(run, images, labels, StepSettings(0.05), config())
+    return run.network.model.state_dict()
 
 
-def dense_network() -> SparseNetwork:
+def dense_run() -> RunState:
     torch.set_default_dtype(torch.float64)  # the graph is traced in it
     try:
         network = SparseNetwork(plain_net("plain"), IMAGE_SHAPE)
     finally:
         torch.set_default_dtype(torch.float32)
     network.model.train()
-    return network
+    optimizer = torch.optim.SGD(network.weight_parameters(), lr=9.0, momentum=0.9)
+    return RunState(network, Budget(network), optimizer, "dense", network.dense_plan)
 
 
 def images_of(count: int) -> ImageSet:
@@ -168,17 +147,16 @@ def images_of(count: int) -> ImageSet:
 def evaluate_sets() -> list[dict[str, float]]:
     """Sets of which a rank gets more than the other, one image, or none."""
     network = sparse_network(plain_net("released").float(), NETWORKS["released"].LAYERS)
-    sets = [images_of(count) for count in (11, 8, 3, 1)]
-    return [evaluate(network, network.dense_plan, images.batches(4), config().train) for images in sets]
+    return [evaluate(network, network.dense_plan, images_of(count).batches(4)) for count in (11, 8, 3, 1)]
 
 
 def difference() -> str:
     """What is said when a score of rank 1 is no longer that of rank 0."""
-    state = search_state("shared")
-    tensors = {"weight": state.network.model.conv1.weight, "scores": state.network.scores}
+    network = run_of("shared")[0].network
+    tensors = {"weight": network.model.conv1.weight, "scores": network.scores}
     check_equal(tensors, "before")
     if rank() == 1:
-        state.network.scores[3] += 1e-15
+        network.scores[3] += 1e-15
     try:
         check_equal(tensors, "after 3 steps")
     except RankError as error:
@@ -202,7 +180,6 @@ def steps(folder: Path) -> None:
 # ---- whole programs ----
 
 _starts = iter(range(1000))
-ON_TRAINING_IMAGES = ("--holdout", "0", "--sample-from-training-set")
 
 
 def meet_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +195,7 @@ def program(folder: Path, images: Path, name: str, *options: str, at_step: tuple
 
     def interrupted_step(self, *arguments):
         if at_step is not None and rank() == num_ranks() - 1 and next(count) == at_step[0]:
-            at_step[1](self)
+            at_step[1]()
         return step(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -229,8 +206,8 @@ def program(folder: Path, images: Path, name: str, *options: str, at_step: tuple
         return main([*fixed, "--name", name, *options])
 
 
-def send(number: int) -> Callable[[trainers.recipe.Recipe], None]:
-    return lambda _: os.kill(os.getpid(), number)
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
 
 
 def programs(folder: Path, images: Path) -> None:
@@ -257,45 +234,7 @@ def programs(folder: Path, images: Path) -> None:
     torch.save(codes, folder / f"rank{os.environ['RANK']}.pt")
 
 
-def spoil(name: str) -> Callable[[trainers.recipe.Recipe], None]:
-    """Moves what a weight holds for its last channel."""
-
-    def spoil_(recipe: trainers.recipe.Recipe) -> None:
-        with torch.no_grad():
-            recipe.run.network.model.get_parameter(name)[-1] += 1e-3
-
-    return spoil_
-
-
-def failing(*arguments: Any, check_every: int = 1000, **options: Any) -> dict[str, Any]:
-    """A program that ranks are to end because they differ: its exit code, and what this rank says."""
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(next(_starts))  # who fails first is asked anew
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
-        patch.setattr(trainers.recipe, "CHECK_EVERY", check_every)
-        code = program(*arguments, **options)
-    if dist.is_initialized():  # as the end of the process would
-        dist.destroy_process_group()
-    return {"code": code, "said": said.getvalue()}
-
-
-def checks(folder: Path, images: Path) -> None:
-    """Runs whose ranks are made to differ, and runs whose costs are counted."""
-    short = (folder, images, "differing", "--epochs", "2", "--no-finetune")
-    own = int(os.environ["RANK"])
-    results = {
-        "at the start": failing(*short, "--seed", str(own)),
-        "between steps": failing(*short, check_every=3, at_step=(1, spoil("layer3.2.conv2.weight"))),
-        "at the end of an epoch": failing(*short, at_step=(5, spoil("layer2.0.bn1.bias"))),
-        "never": failing(*short, check_every=1),
-        "masked": program(folder, images, "masked", "--execution", "masked"),
-        "trained": program(folder, images, "trained", "--execution", "masked", *ON_TRAINING_IMAGES),
-        "dense": program(folder, images, "dense", "--method", "dense"),
-    }
-    torch.save(results, folder / f"rank{own}.pt")
-
-
-def fail(_: trainers.recipe.Recipe) -> None:
+def fail() -> None:
     raise ValueError("a mistake of rank 1 alone")
 
 
@@ -305,7 +244,5 @@ if __name__ == "__main__":
         steps(*map(Path, folders))
     elif what == "programs":
         programs(*map(Path, folders))
-    elif what == "checks":
-        checks(*map(Path, folders))
     else:
         sys.exit(program(*map(Path, folders), "failing", at_step=(2, fail)))
