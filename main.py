@@ -17,8 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with only_first_rank_speaks():
             return _run(argv)
     except (UserError, RankError) as error:
-        rank = f"rank {rank_here()}: " if num_started() > 1 else ""
-        print(f"{rank}error: {error}", file=sys.stderr)
+        if rank_here() == 0 or error.on_one_rank:
+            rank = f"rank {rank_here()}: " if num_started() > 1 else ""
+            print(f"{rank}error: {error}", file=sys.stderr)
         return 4 if isinstance(error, RankError) else 2
 
 

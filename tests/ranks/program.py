@@ -5,11 +5,13 @@ Every rank writes what it came to into FOLDER/rankN.pt; the tests compare that w
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -180,6 +182,7 @@ def steps(folder: Path) -> None:
 # ---- whole programs ----
 
 _starts = iter(range(1000))
+ON_TRAINING_IMAGES = ("--holdout", "0", "--sample-from-training-set")
 
 
 def meet_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +198,7 @@ def program(folder: Path, images: Path, name: str, *options: str, at_step: tuple
 
     def interrupted_step(self, *arguments):
         if at_step is not None and rank() == num_ranks() - 1 and next(count) == at_step[0]:
-            at_step[1]()
+            at_step[1](self)
         return step(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -206,8 +209,8 @@ def program(folder: Path, images: Path, name: str, *options: str, at_step: tuple
         return main([*fixed, "--name", name, *options])
 
 
-def send(number: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
+def send(number: int) -> Callable[[trainers.recipe.Recipe], None]:
+    return lambda _: os.kill(os.getpid(), number)
 
 
 def programs(folder: Path, images: Path) -> None:
@@ -234,7 +237,44 @@ def programs(folder: Path, images: Path) -> None:
     torch.save(codes, folder / f"rank{os.environ['RANK']}.pt")
 
 
-def fail() -> None:
+def spoil(name: str) -> Callable[[trainers.recipe.Recipe], None]:
+    """Moves what a weight holds for its last channel."""
+
+    def spoil_(recipe: trainers.recipe.Recipe) -> None:
+        with torch.no_grad():
+            recipe.run.network.model.get_parameter(name)[-1] += 1e-3
+
+    return spoil_
+
+
+def failing(*arguments: Any, check_every: int = 1000, **options: Any) -> dict[str, Any]:
+    """A program that ranks are to end because they differ: its exit code, and what this rank says."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        patch.setattr(trainers.recipe, "CHECK_EVERY", check_every)
+        code = program(*arguments, **options)
+    if dist.is_initialized():  # as the end of the process would
+        dist.destroy_process_group()
+    return {"code": code, "said": said.getvalue()}
+
+
+def checks(folder: Path, images: Path) -> None:
+    """Runs whose ranks are made to differ, and runs whose costs are counted."""
+    short = (folder, images, "differing", "--epochs", "2", "--no-finetune")
+    own = int(os.environ["RANK"])
+    results = {
+        "at the start": failing(*short, "--seed", str(own)),
+        "between steps": failing(*short, check_every=3, at_step=(1, spoil("layer3.2.conv2.weight"))),
+        "at the end of an epoch": failing(*short, at_step=(5, spoil("layer2.0.bn1.bias"))),
+        "never": failing(*short, check_every=1),
+        "masked": program(folder, images, "masked", "--execution", "masked"),
+        "trained": program(folder, images, "trained", "--execution", "masked", *ON_TRAINING_IMAGES),
+        "dense": program(folder, images, "dense", "--method", "dense"),
+    }
+    torch.save(results, folder / f"rank{own}.pt")
+
+
+def fail(_: trainers.recipe.Recipe) -> None:
     raise ValueError("a mistake of rank 1 alone")
 
 
@@ -244,5 +284,7 @@ if __name__ == "__main__":
         steps(*map(Path, folders))
     elif what == "programs":
         programs(*map(Path, folders))
+    elif what == "checks":
+        checks(*map(Path, folders))
     else:
         sys.exit(program(*map(Path, folders), "failing", at_step=(2, fail)))

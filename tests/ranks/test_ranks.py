@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from args import METHODS
-from tests.images import make_folders
+from tests.conftest import TINY
 from tests.ranks import program as ranks
 from tests.toy import batch, config, one_thread  # noqa: F401
 from trainers.default import StepSettings, weight_step
@@ -28,24 +28,6 @@ from utils.run.checkpoint import differences, load
 
 PROJECT = Path(__file__).parents[2]
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
-TINY = """
-set: ImageFolder
-arch: resnet20_he
-width_mult: 0.25
-keep_ratio: 0.5
-budget_schedule: cubic
-score_lr: 0.1
-epochs: 3
-batch_size: 16
-weight_lr: 0.05
-finetune_epochs: 2
-finetune_batch_size: 16
-num_subnets: 2
-bn_batches: 2
-holdout: 0.2
-workers: 0
-rank_masks: independent
-"""
 
 
 def start(*command: str, timeout: float = 290) -> subprocess.CompletedProcess:
@@ -260,14 +242,6 @@ def test_a_step_of_one_process_is_not_changed_by_any_of_this():
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """Two classes of 8x8 images, 25 for training each."""
-    root = tmp_path_factory.mktemp("images")
-    make_folders(root, per_class=25)
-    return root
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("programs")
     (folder / "tiny.yaml").write_text(TINY)
@@ -275,9 +249,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def codes(folder, images) -> list[dict[str, list[int]]]:
+def codes(folder, tiny_images) -> list[dict[str, list[int]]]:
     """Exit codes of each rank in `ranks.programs`."""
-    result = torchrun("-m", "tests.ranks.program", "programs", str(folder), str(images))
+    result = torchrun("-m", "tests.ranks.program", "programs", str(folder), str(tiny_images))
     assert result.returncode == 0, result.stderr
     assert "batch size 16: 2 ranks x 8, each with masks of its own" in result.stdout
     assert result.stdout.count("trained resnet20_he on ImageFolder: 5 epochs") == 3  # only rank 0 speaks
@@ -320,13 +294,13 @@ def test_every_method_keeps_the_ranks_alike(codes):
     assert len(codes[0]["methods"]) == len(METHODS)
 
 
-def test_a_rank_that_fails_ends_all_and_says_why(folder, images):
+def test_a_rank_that_fails_ends_all_and_says_why(folder, tiny_images):
     """Started as `--multigpu` starts ranks."""
     become = (
         "import sys; from pathlib import Path; from utils.ranks import launch;"
         "launch.PROGRAM = Path('tests/ranks/program.py').resolve(); launch.become_torchrun(2, sys.argv[1:])"
     )
-    result = start("-c", become, "fail", str(folder), str(images))
+    result = start("-c", become, "fail", str(folder), str(tiny_images))
     assert result.returncode == 1
     assert result.stderr.count("ValueError: a mistake of rank 1 alone") == 1
     own = [line for line in result.stderr.splitlines() if line.startswith("rank ")]

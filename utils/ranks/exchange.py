@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
-from utils.errors import RankError
+from utils.errors import RankError, UserError
 from utils.ranks.launch import local_rank, num_started
 
 # A rank that dies is noticed at once. This is for one that hangs, so it must outlast honest work that the others wait
@@ -47,7 +47,11 @@ def joined(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    yield
+    try:
+        yield
+    except UserError as error:
+        error.on_one_rank = True
+        raise
     dist.destroy_process_group()
 
 
@@ -132,7 +136,8 @@ def check_equal(tensors: Mapping[str, Tensor], when: str) -> None:
             raise RankError(
                 f"rank {number} differs from rank 0 {when} in {different[0]} ({len(different)} of {len(tensors)} "
                 "tensors): they no longer train the same network. Give all ranks the same files, versions and "
-                "hardware, and go on from the last checkpoint with --resume"
+                "hardware, and go on from the last checkpoint with --resume",
+                on_one_rank=False,
             )
 
 
