@@ -44,11 +44,11 @@ def enumerated(estimate: Estimate, scores_U: Tensor, table_N: Tensor) -> tuple[T
     return torch.stack([probability_N[i] * probability_N[j] for i, j in pairs]), estimates_DU
 
 
-def variance(estimate: Estimate, scores_U: Tensor, table_N: Tensor, batch_noise: float) -> float:
-    """Summed over units. Batches, equally likely, shift all losses by plus or minus `batch_noise`."""
+def variance(estimate: Estimate, scores_U: Tensor, table_N: Tensor, batch_noise: float = 0.0) -> Tensor:
+    """(U,), exact. Batches, equally likely, shift all losses by plus or minus `batch_noise`."""
     draws = [enumerated(estimate, scores_U, table_N + shift) for shift in (-batch_noise, batch_noise)]
     mean_U = sum(weight_D @ g_DU for weight_D, g_DU in draws) / 2
-    return float(sum(weight_D @ (g_DU - mean_U) ** 2 for weight_D, g_DU in draws).sum() / 2)
+    return sum(weight_D @ (g_DU - mean_U) ** 2 for weight_D, g_DU in draws) / 2
 
 
 def random_table(num_units: int, seed: int) -> Tensor:
