@@ -244,7 +244,7 @@ def test_a_step_of_one_process_is_not_changed_by_any_of_this():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("programs")
-    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "tiny.yaml").write_text(f"{TINY}rank_masks: independent\n")
     return folder
 
 

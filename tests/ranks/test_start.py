@@ -137,17 +137,30 @@ def test_the_command_that_goes_on_starts_as_many_processes(monkeypatch, second_o
     assert starter(devices()) == ["python"]
 
 
-@pytest.mark.parametrize(("error", "code"), [(UserError, 2), (RankError, 4)])
+@pytest.mark.parametrize(("error", "code"), [(UserError("it went wrong"), 2), (RankError("it went wrong"), 4)])
+@pytest.mark.parametrize("on_one_rank", [False, True])
 @pytest.mark.parametrize("several", [False, True])
-def test_main_names_the_rank_of_an_error_where_there_are_several(monkeypatch, capsys, request, error, code, several):
+def test_an_error_is_said_once_and_with_its_rank_where_there_are_several(
+    monkeypatch, capsys, request, error, code, on_one_rank, several
+):
     def fail(*_: object) -> None:
         print("said to the standard output")
-        raise error("it went wrong")
+        raise error
 
     if several:
         request.getfixturevalue("second_of_two")
-    monkeypatch.setattr("trainers.session.start", fail)
+    error.on_one_rank = on_one_rank
+    monkeypatch.setattr("trainers.session.Session.start", fail)
     assert main([]) == code
     said = capsys.readouterr()
-    assert said.err == f"{'rank 1: ' if several else ''}error: it went wrong\n"
+    if several:
+        assert said.err == ("rank 1: error: it went wrong\n" if on_one_rank else "")  # else rank 0 says it
+    else:
+        assert said.err == "error: it went wrong\n"
     assert said.out == ("" if several else "said to the standard output\n")
+
+
+def test_who_may_be_the_only_one_to_know():
+    """A rank that has lost the others may be the only one left; ranks that differ all know."""
+    assert not UserError("an option").on_one_rank
+    assert RankError("lost the others").on_one_rank
