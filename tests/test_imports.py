@@ -1,8 +1,8 @@
 """Who may import whom: a module knows what lies below it and nothing above it.
 
-`main` and `tools` import trainers. Trainers import data, models, args and utils. Data and models import utils, args its
-options and errors. Inside utils the order is run, ranks, channels, then algorithm and conv_type. Errors, seeds and
-options lie below everything.
+`main` and `tools` import trainers. Trainers import data, models, args and utils. Data and models import utils, and args
+imports how options are read. Inside utils the order is run, ranks, channels, then algorithm and conv_type. Errors,
+seeds, options and the names of choices lie below everything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import pytest
 PROJECT = Path(__file__).parents[1]
 ROOMS = ("main", "args", "tools", "examples", "tests", "trainers", "data", "models", "utils")
 
-BASE = {"utils.errors", "utils.seeds", "utils.options"}
+OPTIONS = {"utils.options", "utils.option_text", "utils.choices", "utils.errors"}
+BASE = {"utils.seeds"} | OPTIONS
 ALGORITHM = {"utils.algorithm"}
 CHANNELS = {"utils.channels", "utils.conv_type"} | ALGORITHM | BASE
 RANKS = {"utils.ranks"} | CHANNELS
@@ -33,13 +34,15 @@ ALLOWED = {
     "trainers": {"trainers", "data", "models", "args"} | UTILS,
     "data": {"data"} | UTILS,
     "models": {"models"} | UTILS,
-    "args": {"utils.options", "utils.errors"},
+    "args": OPTIONS,
     "utils.run": UTILS,
     "utils.ranks": RANKS,
     "utils.channels": CHANNELS,
     "utils.conv_type": BASE,
     "utils.algorithm": ALGORITHM,
     "utils.options": {"utils.errors"},
+    "utils.option_text": {"utils.options", "utils.errors"},
+    "utils.choices": set(),
     "utils.errors": set(),
     "utils.seeds": set(),
     "utils": set(),
