@@ -159,3 +159,50 @@ def test_what_a_plan_costs_is_counted_by_hand():
         plan = network.plan(mask_U)
         assert network.subnet_macs(plan) == counted("flops", plan.mask_U)
         assert network.subnet_parameters(plan) == counted("params", plan.mask_U)
+
+
+def test_maps_that_were_concatenated_at_different_places_are_refused():
+    class Shifted(JoinedNet):
+        def forward(self, x: Tensor) -> Tensor:
+            both = torch.cat([self.left(x), self.upper(x)], 1) + torch.cat([self.upper(x), self.left(x)], 1)
+            return self.linear(self.mix(both).mean((2, 3)))
+
+    with pytest.raises(ValueError, match="were concatenated from different numbers of channels"):
+        sparse_network(Shifted().double(), ["left", "upper", "mix"])
+
+
+class RepeatedNet(nn.Module):
+    """A masked conv with a shift that may read nothing; its map stands in a concatenation twice."""
+
+    LAYERS: ClassVar = {"first": 2, "second": 2}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 2, 1, bias=False)
+        self.second = nn.Conv2d(2, 2, 1, bias=True)
+        self.always = nn.Conv2d(3, 2, 1, bias=False)
+        self.wide = nn.Conv2d(4, 2, 1, bias=False)
+        self.linear = nn.Linear(2, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        second = self.second(F.relu(self.first(x)))
+        joined = torch.cat([second, torch.tanh(second)], 1)
+        return self.linear((self.wide(joined) + self.always(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+def test_a_map_that_is_there_twice_and_a_shift_that_reads_nothing(execution):
+    net = randomise(RepeatedNet(), seed=3).double()
+    network, (images, _) = sparse_network(net, list(RepeatedNet.LAYERS), execution), batch()
+    costs = []
+    for mask_U in every_mask(4):
+        run = Reference(net, by_layer(RepeatedNet.LAYERS, mask_U, torch.float64), {})
+        second = run.conv("second", run.conv("first", images).relu())
+        joined = torch.cat([second, second.tanh()], 1)
+        expected = net.linear((net.wide(joined) + net.always(images)).mean((2, 3)))
+        torch.testing.assert_close(network(images, network.plan(mask_U)), expected, **EXACT)
+        first, second = int(mask_U[:2].sum()), int(mask_U[2:].sum())
+        costs.append(PIXELS * (3 * first + first * second + 2 * second * 2 + 3 * 2) + 2 * NUM_CLASSES)
+    cost, scores_U = network.expected_cost("flops"), np.array([0.2, 0.5, 0.7, 0.9])
+    weight_N = np.where(every_mask(4), scores_U, 1 - scores_U).prod(1)
+    assert cost(scores_U) == pytest.approx(weight_N @ np.array(costs), rel=1e-12)
