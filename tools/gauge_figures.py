@@ -117,7 +117,8 @@ def estimator_figures(sums: Sums, plain: Sums, reference_NN: Tensor) -> dict[str
         variance = _beyond_rounding(square - signal, square)
         squared_norm = squared_mean(_pairs(reference_NN, kept))
         plain_variance = float(plain.squares_N[kept].mean()) - squared_mean(_pairs(plain.products_NN, kept))
-        cosine, cosine_sd = _cosine(sums.alignments_NEN[kept][:, :, kept], squared_norm)
+        cosine, cosine_square = cosine_moments(sums.alignments_NEN[kept][:, :, kept], squared_norm)
+        cosine_variance = cosine_square - cosine**2
         return {
             "variance": variance,
             "relative_variance": _ratio(variance, plain_variance),
@@ -125,7 +126,7 @@ def estimator_figures(sums: Sums, plain: Sums, reference_NN: Tensor) -> dict[str
             "bias": _ratio(squared_mean(_pairs(sums.deviations_NN, kept)), squared_norm),
             "share_of_signal": _ratio(signal, square),
             "cosine": cosine,
-            "cosine_sd": cosine_sd,
+            "cosine_sd": math.sqrt(cosine_variance) if cosine_variance > 0 else math.nan,
         }
 
     return jackknife(statistics, len(sums.squares_N))
@@ -141,8 +142,11 @@ def _mask_variance(sums: Sums, kept: Tensor) -> float:
     return float(within_N[kept].mean())
 
 
-def _cosine(alignments_NEN: Tensor, squared_norm: float) -> tuple[float, float]:
-    """An estimate meets only references of other batches, and in the square two different ones of them."""
+def cosine_moments(alignments_NEN: Tensor, squared_norm: float) -> tuple[float, float]:
+    """Means of the cosine and of its square.
+
+    An estimate meets only references of other batches, and in the square two different ones of them.
+    """
     others = len(alignments_NEN) - 1
     own_NE = alignments_NEN.diagonal(dim1=0, dim2=2).T
     sum_NE = alignments_NEN.sum(dim=2) - own_NE
@@ -150,8 +154,7 @@ def _cosine(alignments_NEN: Tensor, squared_norm: float) -> tuple[float, float]:
     if squared_norm <= 0:  # the reference is nothing but noise
         return math.nan, math.nan
     cosine = float(sum_NE.mean()) / others / math.sqrt(squared_norm)
-    square = float(pairs_NE.mean()) / (others * (others - 1)) / squared_norm
-    return cosine, math.sqrt(square - cosine**2) if square > cosine**2 else math.nan
+    return cosine, float(pairs_NE.mean()) / (others * (others - 1)) / squared_norm
 
 
 def _beyond_rounding(difference: float, size: float) -> float:
