@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,7 +94,7 @@ def read_table(path: str | Path) -> Table:
     Raises: UserError for the first mistake, with file, row and key.
     """
     path = Path(path)
-    parts = _load(path, _TextLoader)
+    parts = _load(path, lambda text: yaml.load(text, Loader=_TextLoader))
     for key in parts:
         if key not in KEYS:
             raise UserError(f"{path}: unknown key {key!r}; {nearest(key, KEYS, f'a table has {_listed(KEYS)}')}")
@@ -134,9 +134,9 @@ class _TextLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _load(path: Path, loader: type) -> dict[str, Any]:
+def _load(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), loader)
+        content = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
     except UnicodeDecodeError:
@@ -300,7 +300,7 @@ def read_run(folder: Path, alone: bool, table: Table, defaults: Mapping[str, Any
     Raises: UserError for a config that today's options refuse.
     """
     config = folder / "config.yaml"
-    flat = _load(config, yaml.SafeLoader)
+    flat = _load(config, yaml.safe_load)
     options = options_of(flat, str(config), defaults)
     summary, environment = _read_json(folder / "summary.json"), _read_json(folder / "env.json")
     environment["data_fingerprint"] = summary.get("data_fingerprint")
