@@ -44,7 +44,7 @@ class SubnetConv(PlainConv):
 
     `mask` (C,) bool is set from outside and only applied here; None keeps every channel. The mask acts before
     batch-norm, so on its own it leaves a dropped channel as a constant (the shift of the batch-norm). That is the
-    released semantics; for dropped to mean absent, the `SubnetBatchNorm` behind needs its `live` mask too.
+    released execution; for dropped to mean absent, the `SubnetBatchNorm` behind needs its `live` mask too.
     """
 
     mask: Tensor | None = None
@@ -58,7 +58,7 @@ class VRPGE(SubnetConv):
     """A `SubnetConv` that owns the probabilities by which its channels are kept.
 
     `scores` (C,) in [0, 1]: unit i is kept with probability scores[i]. They are trained by the policy gradient of
-    `utils/algorithm/estimator.py`, never by backward, and live in one flat vector per network (`SparseNetwork.scores`).
+    `utils/algorithm/estimators`, never by backward, and live in one flat vector per network (`SparseNetwork.scores`).
     """
 
     scores: nn.Parameter

@@ -45,7 +45,7 @@ def best_within_budget(
     values_U: np.ndarray,
     scores_U: np.ndarray,
     groups: Iterable[slice],
-    kept_fraction: float,
+    keep_ratio: float,
     vital_groups: Iterable[np.ndarray],
 ) -> np.ndarray:
     """The units of highest value within a budget of units, never one of value 0 (ties: the lowest index).
@@ -54,7 +54,7 @@ def best_within_budget(
         values_U: (U,) in [0, 1].
         scores_U: (U,) in [0, 1].
         groups: units that have a budget of their own: all of them, or one slice per layer.
-        kept_fraction: budget of a group as a fraction of its units.
+        keep_ratio: budget of a group as a fraction of its units.
         vital_groups: see `ChannelGraph.vital_groups`.
     Returns: (U,) bool.
     """
@@ -62,7 +62,7 @@ def best_within_budget(
     mask_U = np.zeros(len(values_U), dtype=bool)
     for group in groups:
         priority = priority_U[group]
-        budget = floor(kept_fraction * len(priority) + 1e-6)  # a whole number but for rounding is that number
+        budget = floor(keep_ratio * len(priority) + 1e-6)  # a whole number but for rounding is that number
         chosen = np.argsort(-priority, kind="stable")[:budget]
         mask_U[group] = np.isin(np.arange(len(priority)), chosen) & (priority > 0)
     return mask_U
