@@ -446,6 +446,11 @@ class Config:
         return self.sparsity.shrink and self.sparsity.execution == "compact" and self.method != "released"
 
     @property
+    def independent_masks(self) -> bool:
+        """Whether every process draws masks of its own."""
+        return self.sparsity.rank_masks == "independent" and self.method in ESTIMATED
+
+    @property
     def finetunes(self) -> bool:
         """Whether the run has a second phase with learning rate and batch size of its own."""
         return self.finetune.finetune and self.method in TWO_PHASE

@@ -46,12 +46,13 @@ def make_network(config: Config, data: DataSplits, device: torch.device) -> Spar
     if options.pretrained is not None:
         load_pretrained(model, options.pretrained)
     model = model.to(device, memory_format=torch.channels_last)
+    released = config.method == "released"  # it does not read some options that a file may hold for other methods
     try:
         return SparseNetwork(
             model,
             (data.channels, data.image_size, data.image_size),
-            execution="released" if config.method == "released" else config.sparsity.execution,
-            residual_masks=config.sparsity.residual_masks,
+            execution="released" if released else config.sparsity.execution,
+            residual_masks="free" if released else config.sparsity.residual_masks,
             precision=config.train.precision,
         )
     except ValueError as error:  # such as a pooling that has nothing left to read
@@ -80,6 +81,7 @@ def make_score_optimizer(network: SparseNetwork, config: Config) -> torch.optim.
 def make_estimator(network: SparseNetwork, config: Config) -> Estimator:
     """The estimator that the configuration names, before the first step."""
     name, alpha = config.sparsity.estimator, config.sparsity.alpha
+    name = "vrpge" if config.method == "released" else name
     return pkgutil.resolve_name(ESTIMATORS[name].path)(network.scores.detach(), alpha)
 
 

@@ -145,7 +145,7 @@ def stored_masks(drawn: Tensor, config: Config) -> Masks:
 
 def num_drawing_ranks(config: Config) -> int:
     """How many ranks draw masks of their own; 1 if all have the same."""
-    return num_ranks() if config.sparsity.rank_masks == "independent" else 1
+    return num_ranks() if config.independent_masks else 1
 
 
 def calculateGrad(scores_U: nn.Parameter, masks_KU: Tensor, losses_K: Tensor, estimator: Estimator) -> None:

@@ -269,7 +269,7 @@ def describe(config: Config, data: DataSplits, run: RunState) -> None:
     if num_ranks() > 1:
         part, rest = divmod(config.train.batch_size, num_ranks())
         sizes = f"{part} or {part + 1}" if rest else f"{part}"
-        masks = {"shared": "the same masks", "independent": "masks of its own"}[config.sparsity.rank_masks]
+        masks = "masks of its own" if config.independent_masks else "the same masks"
         draws = run.search is not None and run.search.masks is not None
         announce(
             f"batch size {config.train.batch_size}: {num_ranks()} ranks x {sizes}"

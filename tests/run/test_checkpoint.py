@@ -265,8 +265,8 @@ def test_a_state_of_another_device_is_refused_and_changes_nothing() -> None:
 def unsafe_calls(source: str) -> list[str]:
     """Calls in a Python file that could run code hidden in a file they read.
 
-    Allowed are `torch.load(..., weights_only=True)` and `yaml.load` with `yaml.SafeLoader`, with `yaml.BaseLoader`, which
-    makes nothing but texts, or with a class of the same file that is derived from one of them.
+    Allowed are `torch.load(..., weights_only=True)` and `yaml.load` with `yaml.SafeLoader`, with `yaml.BaseLoader`,
+    which makes nothing but texts, or with a class of the same file that is derived from one of them.
     """
     tree = ast.parse(source)
     nodes = list(ast.walk(tree))

@@ -38,7 +38,8 @@ class Released(PolicyGradient):
             logits = [network(images, plan) for plan in plans]
         losses_K = torch.stack([F.cross_entropy(out, labels, label_smoothing=train.label_smoothing) for out in logits])
 
-        calculateGrad(network.scores, search.masks.own_KU, averaged(losses_K.detach(), size), search.estimator)
+        seen_K = averaged(losses_K.detach(), size)
+        calculateGrad(network.scores, search.masks.own_KU, seen_K, search.estimator)
         backward_(network, losses_K.mean(), size)
         torch.nn.utils.clip_grad_norm_([*network.weight_parameters(), network.scores], train.clip_norm)
         set_learning_rate(search.score_optimizer, now.score_lr)
@@ -49,6 +50,6 @@ class Released(PolicyGradient):
         set_learning_rate(search.weight_optimizer, now.weight_lr)
         search.weight_optimizer.step()
 
-        difference = (losses_K[0] - losses_K[1]).detach().abs()
+        difference = (seen_K[0] - seen_K[1]).abs()
         metrics = batch_sums(losses_K[0], logits[0], labels) | {"loss_difference": difference * size, "v": v * size}
         return StepResult.of(network, plans, metrics, num_backward=len(plans))

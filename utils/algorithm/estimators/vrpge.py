@@ -53,7 +53,8 @@ class Tossed(Estimator):
     schedule of the budget gives alone, without any information about the units: the control of `--method coin`.
 
     Args:
-        estimator: one that learns from losses only.
+        estimator: one that remembers nothing. The options refuse the others, which learn from gradients that no coin
+            tosses.
         coin: random generator on the device of the losses.
     """
 
