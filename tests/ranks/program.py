@@ -233,10 +233,7 @@ def programs(folder: Path, images: Path) -> None:
     os.environ["TORCHELASTIC_RUN_ID"] = place
     codes["mixed"].append(program(folder, images, "mixed", "--resume"))
     short = ("--epochs", "1", "--finetune-epochs", "1")
-    shared = {"released": ("--rank-masks", "shared")}  # the file says independent
-    codes["methods"] = [
-        program(folder, images, name, "--method", name, *shared.get(name, ()), *short) for name in METHODS
-    ]
+    codes["methods"] = [program(folder, images, name, "--method", name, *short) for name in METHODS]
     torch.save(codes, folder / f"rank{os.environ['RANK']}.pt")
 
 

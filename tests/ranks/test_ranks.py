@@ -107,9 +107,8 @@ class Reference:
             "top1": sum(each["top1"] for each in parts),
             "v": sum(sizes) * self.v,
         }
-        if not self.released:  # which reports the differences that its ranks see
-            differences = [float((each[0] - each[min(1, len(each) - 1)]).abs()) for each in seen]
-            metrics["loss_difference"] = sum(size * one for size, one in zip(sizes, differences, strict=True))
+        differences = [float((each[0] - each[min(1, len(each) - 1)]).abs()) for each in seen]
+        metrics["loss_difference"] = sum(size * one for size, one in zip(sizes, differences, strict=True))
         return metrics
 
     def one_part(self, images: Tensor, labels: Tensor, masks: Tensor, update_scores: bool) -> dict[str, Any]:

@@ -200,6 +200,18 @@ def test_the_released_method_trains_and_evaluates(program, capsys):
     assert f"test top-1 {summary['test_top1']:.2f} %" in capsys.readouterr().out
 
 
+def test_the_released_method_does_not_read_what_a_file_says_for_other_methods(program, tmp_path):
+    short = ("--method", "released", "--epochs", "2", "--no-finetune")
+    assert program(*short, name="plain") == 0
+    others = (
+        "execution: masked\nresidual_masks: tied\nestimator: linear_cv_gates\nscore_every: 2\nscore_gradient: tangent\n"
+    )
+    (tmp_path / "tiny.yaml").write_text((tmp_path / "tiny.yaml").read_text() + others)
+    assert program(*short, name="others") == 0
+    plain, other = (load(folder_of(name) / "checkpoints/last.pt") for name in ("plain", "others"))
+    assert differences(without_clocks(plain), without_clocks(other)) == []
+
+
 def test_a_diverging_run_stops_with_3_and_keeps_the_last_good_checkpoint(program, capsys, monkeypatch):
     step, count = trainers.recipe.Recipe.step, iter(range(1000))
 
