@@ -145,7 +145,7 @@ class DataConfig:
         0.1, "fraction of the training images held out to choose subnets", within="[0, 0.5]", hint=NOT_A_PERCENTAGE
     )
     train_images: int = option(
-        0, "train on so many images, the same for every seed, classes in proportion; 0 takes all", within="[0, inf)"
+        0, "use N training images, the same for every seed, classes in proportion; 0 takes all", within="[0, inf)"
     )
     image_size: int = option(
         0,
@@ -269,7 +269,7 @@ class SparsityConfig:
     )
     budget_start: float = option(
         0.0,
-        "where the budget begins to fall, as a fraction of the steps",
+        "start of the fall of the budget, as a fraction of the search",
         within="[0, 1]",
         hint=NOT_A_PERCENTAGE,
         read_by=SCORED,
@@ -277,7 +277,7 @@ class SparsityConfig:
     )
     budget_end: float = option(
         0.4,
-        "where the budget has fallen, as a fraction of the steps",
+        "end of the fall of the budget, as a fraction of the search",
         within="[0, 1]",
         hint=NOT_A_PERCENTAGE,
         read_by=SCORED,
@@ -360,12 +360,12 @@ class TrainConfig:
     nesterov: bool = option(False, "Nesterov's momentum in SGD")
     lr_policy: str = option(
         "cosine_lr",
-        "cosine to 0, constant, or a tenth from 50 % and again from 75 % of the epochs",
+        "cosine to 0, constant, or divided by 10 at 50 % and at 75 % of the epochs",
         choices=("cosine_lr", "constant_lr", "multistep_lr"),
     )
     warmup_length: int = option(0, "epochs over which learning rates rise; below epochs", within="[0, inf)")
     label_smoothing: float = option(0.0, "label smoothing of the training loss", within="[0, 1)")
-    clip_norm: float = option(3.0, "largest gradient norm, of the weights and of the scores", within="(0, inf)")
+    clip_norm: float = option(3.0, "largest gradient norm, of the weights and of the scores each", within="(0, inf)")
     precision: str = option("fp32", "number format of the passes", choices=("fp32", "bf16"), common=True)
 
     RULES: ClassVar = (

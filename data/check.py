@@ -20,7 +20,9 @@ from data.files import UnreadableImage, open_rgb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Decode every image file in a folder and name the bad ones.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.check", description="Decode every image file in a folder and name the bad ones."
+    )
     parser.add_argument("folder", type=Path, help="such as that of --data; all folders in it are searched")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: %(default)s, one a core")
     parser.add_argument("--list", type=Path, help="file for the names of bad files: xargs -d '\\n' rm < LIST")

@@ -704,7 +704,7 @@ def test_help_all_shows_every_option_with_its_default(capsys, monkeypatch):
     assert "in (0, 1]; also --prune-rate" in sections["keep-ratio"]
     assert "resnet110_he, vgg11" in sections["arch"]
     assert "free|tied" in sections["residual-masks"]
-    assert "50 % and again from 75 % of the epochs" in sections["lr-policy"]
+    assert "divided by 10 at 50 % and at 75 % of the epochs" in sections["lr-policy"]
 
 
 def test_list_names_every_choice_without_importing_torch():

@@ -40,7 +40,7 @@ ARCHS = {
     **{f"resnet{depth}": f"ResNet with {depth} layers for ImageNet, as in torchvision" for depth in (18, 34, 50, 101)},
 }
 METHODS = {
-    "vrpge": Choice("the method of this program: sparse from the first step", "trainers.methods.vrpge:PolicyGradient"),
+    "vrpge": Choice("VR-PGE, computing only the kept channels", "trainers.methods.vrpge:PolicyGradient"),
     "released": Choice("VR-PGE step by step as the released code computes it", "trainers.methods.released:Released"),
     "dense": Choice("the plain network, all of its channels", "trainers.methods.scratch:Dense"),
     "thin": Choice("a narrower network, trained from scratch", "trainers.methods.scratch:Thin"),
@@ -55,7 +55,7 @@ ESTIMATORS = {
     "vrpge": Choice("loss differences, with bounded variance", "utils.algorithm.estimators.vrpge:VRPGEEstimator"),
     "reinforce": Choice("losses without a baseline", "utils.algorithm.estimators.reinforce:Reinforce"),
     "linear_cv_gates": Choice(
-        "loss differences less what a linear model predicts",
+        "loss differences minus a linear prediction",
         "utils.algorithm.estimators.linear_cv_gates:LinearControlVariate",
     ),
     "taylor": Choice("a biased estimate from one mask and one pass", "utils.algorithm.estimators.taylor:Taylor"),
