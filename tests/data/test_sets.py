@@ -62,6 +62,7 @@ def test_a_hundred_classes(tmp_path, monkeypatch):
     assert summary(tmp_path)["set"] == "CIFAR100"
 
 
+@pytest.mark.slow
 def test_streamed_run_stopped_by_a_signal_to_all_its_processes_resumes_bit_equal(tmp_path):
     """And with another number of workers than before it was stopped."""
     make_photos(tmp_path, per_class=12)

@@ -16,6 +16,8 @@ from tests.ranks.test_ranks import torchrun
 from tests.toy import one_thread  # noqa: F401
 from utils.run.checkpoint import load
 
+pytestmark = pytest.mark.slow
+
 EPOCHS, BATCH, FINETUNE_EPOCHS, FINETUNE_BATCH, NUM_SUBNETS, BN_BATCHES = 3, 16, 2, 12, 2, 2
 LENGTHS = f"""
 epochs: {EPOCHS}

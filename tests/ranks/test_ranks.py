@@ -293,6 +293,7 @@ def test_every_method_keeps_the_ranks_alike(codes):
     assert len(codes[0]["methods"]) == len(METHODS)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_all_and_says_why(folder, tiny_images):
     """Started as `--multigpu` starts ranks."""
     become = (
