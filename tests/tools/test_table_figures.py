@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 
-from tests.tools.test_reproduce import TABLE, make, report  # noqa: F401  (a fixture)
+from tests.tools.stand_in import TABLE, report
 
 THREE_SEEDS = (
     TABLE.replace("seeds: [0, 1]", "seeds: [0, 1, 2]")
@@ -43,7 +43,7 @@ def differences(row: str, other: str) -> list[float]:
 
 
 @pytest.fixture
-def table(make) -> dict[str, dict[str, str]]:  # noqa: F811
+def table(make) -> dict[str, dict[str, str]]:
     stand_in = Path("stand_in.py")
     stand_in.write_text(stand_in.read_text().replace("seed / 1024", "seed / 64"))  # so that it shows in per cent
     for row, seeds in SEEDS.items():
@@ -81,7 +81,7 @@ def test_a_compared_pair_tells_its_common_seeds_with_a_t_interval(table):
         ) in report
 
 
-def test_runs_made_side_by_side_give_no_seconds_even_from_the_record(table, make):  # noqa: F811
+def test_runs_made_side_by_side_give_no_seconds_even_from_the_record(table, make):
     Path("runs").rename("far away")
     assert make("--only-report", table=THREE_SEEDS) == 0
     assert {row["train_seconds_to_dense"] for row in report()} == {"not run yet"}

@@ -1,0 +1,151 @@
+"""What a table says of its runs: means, intervals, differences, costs."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.tools.stand_in import report
+from tools.table_report import T_95, Results, interval
+from tools.tables import Row, Run, Table
+
+# ---- the report ----
+
+
+def student(t: float, degrees: int) -> float:
+    """P(|T| < t) of a t distribution by the trapezoidal rule in the angle, where the density is a power of cos."""
+    points = 20_000
+    top = math.atan(t / math.sqrt(degrees))
+    heights = [math.cos(top * k / points) ** (degrees - 1) for k in range(points + 1)]
+    area = top / points * (sum(heights) - (heights[0] + heights[-1]) / 2)
+    return 2 * area * math.gamma((degrees + 1) / 2) / (math.gamma(degrees / 2) * math.sqrt(math.pi))
+
+
+def test_the_table_of_t_quantiles_is_right():
+    assert len(T_95) == 30
+    for degrees, t in enumerate(T_95, start=1):
+        assert student(t, degrees) == pytest.approx(0.95, abs=1e-7)
+
+
+def test_an_interval_of_many_differences_is_a_little_too_wide():
+    low, high = interval([-1.0, 1.0] * 50)  # standard deviation sqrt(100/99), mean 0; the quantile for 99 is 1.984
+    right = 1.98422 / math.sqrt(99)
+    assert right < high == -low < 1.05 * right
+
+
+def test_the_interval_of_a_known_case():
+    """Differences 1, 2, 3: mean 2, standard deviation 1, half width 4.30265 / sqrt(3)."""
+    low, high = interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
+
+
+def test_the_report_tells_means_differences_and_where_they_come_from(make):
+    assert make() == 0
+    dense, half, same = report()
+    assert (float(half["test_top1"]), float(half["test_top1_sd"])) == pytest.approx((86, math.sqrt(2)))
+    assert float(half["test_top1_minus_dense"]) == pytest.approx(-4.5)  # 85 - 90 and 87 - 91
+    assert float(half["flops_ratio"]) == 0.25 + 0.5 / 1024
+    assert float(half["params_kept"]) == 0.5
+    # twice as many epochs as the dense row at (0.25 + seed/1024) of dense training each
+    assert float(same["train_flops_to_dense"]) == pytest.approx(2 * (0.25 + 0.5 / 1024))
+    assert float(dense["test_top1_minus_dense"]) == 0
+    assert len(half["config_hash"].split()) == 1
+    assert len(same["config_hash"].split()) == 2  # its keep_ratio differs from seed to seed
+
+    text = Path("results/table.md").read_text()
+    assert text.startswith("# A table\n\nThree rows.\n\n| row | test top-1 % | sd |")
+    hash = half["config_hash"]
+    assert f"| half | 86.00 | 1.41 | -4.50 | 25.0 % | 50.0 % | 50.0 % | not run yet | 0 1 | {hash} |" in text
+    for fact in ("Abacus (AVX2), 2 threads", "torch 2.14.1", "commit 0123456789ab", "tools.reproduce table.yaml`"):
+        assert fact in text
+    # 85 - 82.5 and 87 - (82.5 + 10/1024 + 2): 2.5 and 2.490, with one degree of freedom
+    sentence = (
+        "- half - same cost: +2.5 points (95 % interval +2.4 to +2.6, 2 seeds), inference FLOPs 25.0 % against 6.3 %."
+    )
+    assert sentence in text
+
+
+def by_hand(**numbers: dict[int, dict]) -> Results:
+    """Results of runs that are made up: numbers by row and seed. The dense row is "dense"."""
+
+    def made(row: str, seed: int, facts: dict) -> Run:
+        usual = {"test_top1": 50.0, "flops_ratio": 0.5, "params_kept": 0.5, "train_flops_ratio": 1.0}
+        facts = {**usual, "train_seconds": 1.0, "epochs": 1, **facts}
+        return Run(row, seed, f"hash of {row}", False, "2026-01-01", 0, facts, {})
+
+    rows = {row: Row(row, {}, None, row) for row in numbers}
+    table = Table(Path("x.yaml"), "x", "", (0, 1, 2, 3), rows, dict.fromkeys(rows, "dense"), (), "test")
+    runs = {row: {seed: made(row, seed, facts) for seed, facts in by_seed.items()} for row, by_seed in numbers.items()}
+    return Results(table, runs, {row: [] for row in rows})
+
+
+def test_means_are_over_all_seeds_and_differences_over_common_ones():
+    top1 = {"dense": {0: 90.0, 1: 80.0, 3: 10.0}, "half": {0: 60.0, 1: 70.0, 2: 20.0}, "none": {2: 1.0}}
+    results = by_hand(**{row: {seed: {"test_top1": value} for seed, value in of.items()} for row, of in top1.items()})
+    line = results.line("half")
+    assert line["_top1"] == 50
+    assert line["_top1_sd"] == pytest.approx(math.sqrt((10**2 + 20**2 + 30**2) / 2))  # n - 1
+    assert line["_top1_minus_dense"] == -20  # the mean of -30 and -10
+    assert line["seeds"] == "0 1 2"
+    # -20 -+ 12.7062 * sqrt(200) / sqrt(2)
+    assert "half - dense: -20.0 points (95 % interval -147.1 to +107.1, 2 seeds)" in results.compared("half", "dense")
+    assert results.compared("none", "dense") == "none - dense: not run yet."  # no seed in common
+    assert results.line("none")["_top1_minus_dense"] is None
+
+
+def test_costs_are_means_over_seeds_and_compared_over_common_ones():
+    halves = {0: {"flops_ratio": 0.1, "params_kept": 0.4}, 1: {"flops_ratio": 0.3, "params_kept": 0.8}}
+    results = by_hand(dense={0: {"flops_ratio": 1.0}}, half=halves)
+    line = results.line("half")
+    assert (line["flops_ratio"], line["params_kept"]) == pytest.approx((0.2, 0.6))
+    assert "inference FLOPs 10.0 % against 100.0 %" in results.compared("half", "dense")
+
+
+def test_training_flops_are_told_against_as_many_dense_epochs_as_the_dense_row_has():
+    """A run says which part of dense training for its own epochs it computed."""
+    dense = {0: {"epochs": 12, "train_flops_ratio": 1.25}, 1: {"epochs": 12, "train_flops_ratio": 1.25}}
+    half = {0: {"epochs": 6, "train_flops_ratio": 0.5}, 1: {"epochs": 24, "train_flops_ratio": 0.25}}
+    results = by_hand(dense=dense, half=half)
+    assert results.line("half")["train_flops_to_dense"] == pytest.approx((6 / 12 * 0.5 + 24 / 12 * 0.25) / 2)
+    assert results.line("dense")["train_flops_to_dense"] == 1.25
+    assert by_hand(dense={}, half=half).line("half")["train_flops_to_dense"] is None
+
+
+def test_every_figure_stands_under_its_heading(make):
+    """Numbers of one row that all differ, in CSV and in Markdown."""
+    assert make("--seeds", "0") == 0
+    assert make("--time") == 0
+    row, text = report()[2], Path("results/table.md").read_text()
+    expected = {
+        "row": "same cost", "test_top1": "82.5", "test_top1_sd": "", "test_top1_minus_dense": "-7.5",
+        "flops_ratio": "0.0625", "params_kept": "0.25", "train_flops_to_dense": "0.5", "train_seconds_to_dense": "0.25",
+        "seeds": "0",
+    }  # fmt: skip
+    assert {**expected, "config_hash": row["config_hash"]} == row
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert dict(zip(table[0], table[4], strict=True)) == {
+        "row": "same cost", "test top-1 %": "82.50", "sd": "-", "minus dense": "-7.50", "inference FLOPs": "6.2 %",
+        "params kept": "25.0 %", "training FLOPs to dense": "50.0 %", "training seconds to dense": "25.0 %",
+        "seeds": "0", "config": row["config_hash"],
+    }  # fmt: skip
+
+
+def test_one_seed_has_no_interval_and_missing_rows_say_so(make):
+    assert make("--only-report") == 0
+    assert all(set(row.values()) == {row["row"], "not run yet"} for row in report())
+    assert "- half - same cost: not run yet." in Path("results/table.md").read_text()
+    assert make("--seeds", "0") == 0
+    text = Path("results/table.md").read_text()
+    assert "(1 seed, no interval)" in text
+    assert "| half | 85.00 | - | -5.00 |" in text
+    assert report()[1]["test_top1_sd"] == ""
+
+
+def test_a_reading_by_hand_survives(make):
+    Path("results").mkdir()
+    Path("results/table.reading.md").write_text("What a person has to say.\n")
+    for _ in range(2):
+        assert make("--only-report") == 0
+        text = Path("results/table.md").read_text()
+        assert text.endswith("\nWhat a person has to say.\n")
+    assert text.count("What a person has to say.") == 1
