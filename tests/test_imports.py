@@ -50,8 +50,10 @@ ALLOWED = {
 
 
 def tracked_modules() -> dict[str, Path]:
-    """Every Python file that git knows, by the name under which it is imported."""
-    files = subprocess.run(["git", "ls-files", "*.py"], cwd=PROJECT, capture_output=True, text=True, check=True)
+    """Every Python file that git knows and that can be imported, by its name; .ci is no package."""
+    files = subprocess.run(
+        ["git", "ls-files", "*.py", ":!.ci"], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
     paths = [Path(line) for line in files.stdout.splitlines() if (PROJECT / line).exists()]
     return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): PROJECT / path for path in paths}
 
