@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,23 @@ class DataSplits:
     fingerprint: str
     """Short hash of set name, class names, shape and labels of each part, and of the names of files that are streamed.
     A run is resumed on images of the same fingerprint only."""
+
+    def facts(self) -> dict[str, Any]:
+        """What somebody needs who shows an image to a network that was trained on these.
+
+        An image is read in `channels` channels (1: grey, 3: RGB), its shorter side is resized to `resized_to` pixels
+        (bilinear, antialiased), the centre of `image_size` - 2 `padding` pixels is cut out, `padding` zeros are put on
+        every side, and a pixel becomes (value / 255 - mean) / std.
+        """
+        return {
+            "class_names": list(self.class_names),
+            "channels": self.channels,
+            "image_size": self.image_size,
+            "resized_to": self.test.resized_to,
+            "padding": self.test.padding,
+            "mean": list(self.test.mean),
+            "std": list(self.test.std),
+        }
 
 
 def build_data(
@@ -160,6 +178,7 @@ def _in_memory(raw: RawData) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
             std=raw.std,
             crop_padding=raw.crop_padding,
             flip=raw.flip,
+            padding=raw.padding,
         )
         for images, labels in ((raw.train_images, raw.train_labels), (raw.test_images, raw.test_labels))
     )

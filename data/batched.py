@@ -54,6 +54,16 @@ class BatchedSet(ABC):
     def shape(self) -> tuple[int, int, int, int]:
         """(N, C, size, size)."""
 
+    @property
+    @abstractmethod
+    def resized_to(self) -> int:
+        """Pixels of the shorter side of an image when evaluation cuts out its centre."""
+
+    @property
+    @abstractmethod
+    def padding(self) -> int:
+        """Zeros that are put around that centre; with them it has the size of `shape`."""
+
     @abstractmethod
     def subset(self, indices: Tensor | Sequence[int]) -> Self:
         """A copy with these images only, in this order, with the same settings."""

@@ -19,10 +19,16 @@ class ImageSet(BatchedSet):
     """Zeros put around a training image before a random part of its old size is cut out; 0: no crop."""
     flip: bool = False
     """Mirror each training image left to right with probability 1/2."""
+    padding: int = 0
+    """Zeros on every side that the images have come with."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return tuple(self.images.shape)
+
+    @property
+    def resized_to(self) -> int:
+        return self.images.shape[-1] - 2 * self.padding
 
     def subset(self, indices: Tensor | Sequence[int]) -> "ImageSet":
         indices = torch.as_tensor(indices, dtype=torch.int64, device=self.device)

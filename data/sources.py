@@ -36,6 +36,8 @@ class RawData(NamedTuple):
     crop_padding: int
     flip: bool = True
     """Whether a mirrored image still shows its class."""
+    padding: int = 0
+    """Zeros that were put on every side of the images."""
 
 
 CIFAR_CLASSES = {"CIFAR10": datasets.CIFAR10, "CIFAR100": datasets.CIFAR100}
@@ -58,6 +60,7 @@ FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_MINI = Path(__file__).with_name("fashion_mnist_mini.xz")
 FASHION_MNIST_MINI_SHA256 = "2596867d84b65bffda98eab0f5fbe6163c2ed23ea21d9aff2f85707a9708e760"
 
+PADDING = 2  # from 28x28 to 32x32 pixels
 DOWNLOAD_TIMEOUT_SECONDS = 10
 NO_DOWNLOAD_HINT = "`python main.py --config configs/quickstart.yaml` needs no download"
 
@@ -189,12 +192,13 @@ def _padded(
         *MEAN_STD[dataset.__name__],
         crop_padding=2,  # on top of the 2 black pixels that padding to 32x32 has put on every side
         flip=flip,
+        padding=PADDING,
     )
 
 
 def _pad_to_32(images: np.ndarray) -> np.ndarray:
     """(N, 28, 28) to (N, 1, 32, 32), zeros around, so that networks for CIFAR fit."""
-    return np.pad(images, ((0, 0), (2, 2), (2, 2)))[:, None]
+    return np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))[:, None]
 
 
 def _channels_first(images: np.ndarray) -> np.ndarray:

@@ -66,6 +66,14 @@ class StreamedSet(BatchedSet):
     def shape(self) -> tuple[int, int, int, int]:
         return len(self), 3, self.image_size, self.image_size
 
+    @property
+    def resized_to(self) -> int:
+        return evaluated_size(self.image_size)
+
+    @property
+    def padding(self) -> int:
+        return 0
+
     def subset(self, indices: Tensor | Sequence[int]) -> "StreamedSet":
         chosen = np.asarray(torch.as_tensor(indices, dtype=torch.int64).cpu())
         labels = self.labels[torch.from_numpy(chosen).to(self.device)]
@@ -150,11 +158,16 @@ class _Decoder(Dataset):
             return self.transform(image)
 
 
+def evaluated_size(size: int) -> int:
+    """Pixels of the shorter side of an image of which evaluation takes the centre: 256 for 224."""
+    return round(size * 256 / 224)
+
+
 def _transform(size: int, training: bool) -> v2.Compose:
     if training:
         steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
     else:
-        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+        steps = [v2.Resize(evaluated_size(size)), v2.CenterCrop(size)]
     return v2.Compose([*steps, v2.PILToTensor()])
 
 

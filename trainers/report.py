@@ -157,7 +157,7 @@ class Reporter:
         state = run.state_dict(self.config, fingerprint)
         files = {folder / "last.pt": state}
         if best:
-            files[folder / "best.pt"] = run.best_state(self.config, fingerprint)
+            files[folder / "best.pt"] = run.best_state(self.config, self.data)
         every = self.config.run.save_every
         if epoch_end and every and run.epoch % every == 0:
             files[folder / f"epoch_{run.epoch}.pt"] = state

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from args import Config, config_to_dict
+from data import DataSplits
 from utils.algorithm.estimators.base import Estimator
 from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
@@ -151,10 +152,17 @@ class RunState:
             "stored_units": torch.from_numpy(self.network.stored_units),
         }
 
-    def best_state(self, config: Config, fingerprint: str) -> dict[str, Any]:
-        """The content of best.pt: the weights of now with the subnet that they are best with."""
+    def best_state(self, config: Config, data: DataSplits) -> dict[str, Any]:
+        """The content of best.pt: the weights of now with the subnet that they are best with.
+
+        Beside its configuration this is all that somebody needs who takes the network home: the widths of its layers
+        (kept output channels by name), the images that it reads, how accurate it is, and the epoch that it is from.
+        """
+        network = self.network
         return {
-            **self.model_state(config, fingerprint),
+            **self.model_state(config, data.fingerprint),
+            "images": data.facts(),
+            "widths": network.graph.layer_widths(network.plan(self.best.subnet.mask_U).counts),
             "subnet": self.best.subnet.state_dict(),
             "heldout": self.best.heldout,
             "test": self.best.test,

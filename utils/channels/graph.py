@@ -344,6 +344,11 @@ class ChannelGraph:
         """How many columns of a linear layer read one channel: more than one behind a flatten of a map."""
         return op.module.in_features // self.spaces[self.ops[op.inputs[0]].space].width
 
+    def layer_widths(self, live_counts: list[int]) -> dict[str, int]:
+        """Output channels of each convolution and linear layer, for live channels per space."""
+        kinds = ("conv", "depthwise", "linear")
+        return {str(op.node.target): live_counts[op.space] for op in self.ops if op.kind in kinds}
+
     def layer_macs(self, live_counts: list[int]) -> dict[str, int]:
         """Multiply-adds of one image per convolution and linear layer, for live channels per space."""
         macs = {}
