@@ -7,6 +7,8 @@ follow. The rest is a training loop around `train_step`.
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +40,8 @@ class OwnNetwork(nn.Module):
 
 
 def main() -> None:
-    """Trains on the bundled images for some steps and prints what the masks keep."""
+    """Trains on the bundled images for some steps and prints what the masks keep. Takes no options but --help."""
+    argparse.ArgumentParser(prog="python -m examples.own_network", description=__doc__).parse_args()
     torch.manual_seed(0)
     model = sparsify(OwnNetwork(), score_init=KEEP_RATIO).to(memory_format=torch.channels_last)
     network = SparseNetwork(model, image_shape=(1, 32, 32))
