@@ -163,6 +163,18 @@ class DataConfig:
         common=True,
         resumed="may change",
     )
+    rand_augment: int = option(
+        0, "operations of RandAugment on each training image; 0 for none, 2 is usual", within="[0, 14]"
+    )
+    mixup: float = option(
+        0.0, "MixUp of the training images with this alpha; 0 for none, 0.2 is usual", within="[0, 100]"
+    )
+    cutmix: float = option(
+        0.0,
+        "CutMix of the training images with this alpha; 0 for none, 1 is usual. With mixup, each batch takes one of "
+        "the two at random",
+        within="[0, 100]",
+    )
 
 
 @dataclass(frozen=True)
@@ -367,6 +379,12 @@ class TrainConfig:
     label_smoothing: float = option(0.0, "label smoothing of the training loss", within="[0, 1)")
     clip_norm: float = option(3.0, "largest gradient norm, of the weights and of the scores each", within="(0, inf)")
     precision: str = option("fp32", "number format of the passes", choices=("fp32", "bf16"), common=True)
+    ema: float = option(
+        0.0,
+        "decay of a moving average of the weights, kept while a fixed network is trained, so not in a search; it is "
+        "what is evaluated and stored in best.pt. 0 for none",
+        within="[0, 1)",
+    )
 
     RULES: ClassVar = (
         Rule(lambda t: t.warmup_length >= t.epochs, "{warmup_length} must be below {epochs}: both count epochs"),
@@ -432,6 +450,11 @@ class Config:
             lambda c: c.data.holdout == 0 and not c.finetune.sample_from_training_set,
             "{holdout} and {sample_from_training_set} leave no images to choose the subnet with; pass "
             "--sample-from-training-set to choose on training images, or a holdout above 0",
+        ),
+        Rule(
+            lambda c: c.train.ema > 0 and c.method in TWO_PHASE and not c.finetune.finetune,
+            "{ema} averages weights while a fixed network is trained, and with {finetune} method {method} never does "
+            "that; pass --ema 0, or leave finetune on",
         ),
     )
 

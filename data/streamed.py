@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
+from data.augment import draws_from
 from data.batched import AUGMENTATION_STREAM, BatchedSet
 from data.files import ClassFolder, UnreadableImage, open_rgb
 from utils.errors import UserError
-from utils.seeds import mixed_seed
 
 _GRACE_SECONDS = 60
 
@@ -27,8 +27,8 @@ class StreamedSet(BatchedSet):
     """Files of images with their labels; batches are decoded ahead of their use.
 
     Training images: a random part of the image, resized, and mirrored with probability 1/2 (torchvision's
-    RandomResizedCrop and RandomHorizontalFlip). Other images: the shorter side is resized to 8/7 of image_size
-    (256 for 224) and the centre is cut out.
+    RandomResizedCrop and RandomHorizontalFlip), then changed by RandAugment if that is asked for. Other images: the
+    shorter side is resized to 8/7 of image_size (256 for 224) and the centre is cut out.
 
     The workers of an epoch end with it. Starting and ending one takes 0.1 s (2 CPU cores, Linux), while workers that
     persist would lie idle for all of training, calibration, held-out and test images at once.
@@ -99,13 +99,20 @@ class StreamedSet(BatchedSet):
                 # Bytes travel, a quarter of the floats; on a GPU from pinned memory, so nothing waits for the copy.
                 yield images.to(self.device, non_blocking=True), self.labels[on_device_N[part]]
 
+    def _transform(self, training: bool) -> v2.Compose:
+        if training:
+            steps = [v2.RandomResizedCrop(self.image_size), v2.RandomHorizontalFlip(), *self.augmentation.image_steps]
+        else:
+            steps = [v2.Resize(self.resized_to), v2.CenterCrop(self.image_size)]
+        return v2.Compose([*steps, v2.PILToTensor()])
+
     def _decoded(
         self, order_N: list[int], parts: Sequence[slice], draw: tuple[int, int] | None
     ) -> Generator[Tensor, None, None]:
         """Images of each part (B, 3, size, size) uint8, on the CPU. Its workers end when it is closed."""
         workers = min(self.workers, len(parts))
         loader = _Loader(
-            _Decoder(self.folder, self.files, _transform(self.image_size, draw is not None), draw),
+            _Decoder(self.folder, self.files, self._transform(training=draw is not None), draw),
             batch_sampler=[order_N[part] for part in parts],
             num_workers=workers,
             collate_fn=_collate,
@@ -153,22 +160,13 @@ class _Decoder(Dataset):
         if self.draw is None:
             return self.transform(image)
         seed, epoch = self.draw
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.default_generator.manual_seed(mixed_seed(seed, epoch, AUGMENTATION_STREAM, index))
+        with draws_from(seed, epoch, AUGMENTATION_STREAM, index):
             return self.transform(image)
 
 
 def evaluated_size(size: int) -> int:
     """Pixels of the shorter side of an image of which evaluation takes the centre: 256 for 224."""
     return round(size * 256 / 224)
-
-
-def _transform(size: int, training: bool) -> v2.Compose:
-    if training:
-        steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-    else:
-        steps = [v2.Resize(evaluated_size(size)), v2.CenterCrop(size)]
-    return v2.Compose([*steps, v2.PILToTensor()])
 
 
 def _collate(samples: list[Tensor | UnreadableImage]) -> Tensor | UnreadableImage:

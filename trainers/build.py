@@ -188,6 +188,8 @@ def restore_run(run: RunState, state: Mapping[str, Any], config: Config) -> None
     run.ledger = CostLedger(**state["ledger"])
     run.epoch_seconds, run.train_seconds, run.seconds = state["clocks"]
     run.choice, run.history = state["choice"], state["history"]
+    if state.get("average") is not None:
+        run.average = {name: value.to(device) for name, value in state["average"].items()}
     if state["search"] is None:
         run.search = None
     else:

@@ -83,7 +83,7 @@ def train_step(search: Search, images: Tensor, labels: Tensor, now: StepSettings
 
     Args:
         images: (B, C, H, W) on the device.
-        labels: (B,) int64.
+        labels: (B,) int64, or (B, classes) weights of the classes of mixed images.
         now: learning rates and budget of this step.
     Returns: metrics loss, top1, top5, loss_difference, v; each summed over the batch.
     """
@@ -266,6 +266,6 @@ def eval_mode(network: SparseNetwork) -> Iterator[None]:
 
 
 def batch_sums(loss: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Loss, top1 and top5, each summed over a batch, without a graph."""
+    """Loss, top1 and top5, each summed over a batch, without a graph. Of mixed labels the heaviest class counts."""
     top1, top5 = (count_correct(logits.detach(), labels, k) for k in (1, 5))
     return {"loss": loss.detach() * len(labels), "top1": top1, "top5": top5}

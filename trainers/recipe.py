@@ -129,6 +129,8 @@ class Recipe:
         run, network = self.run, self.run.network
         method = self.finetuning if run.phase == "finetune" else self.method
         result = method.step(run, images, labels, settings)
+        if self.config.train.ema and run.phase != "search":
+            run.move_average(self.config.train.ema)
         spent = CostLedger()
         spent.add_step(len(labels), result.forward, result.num_backward, network.dense_macs)
         spent = spent.of_all_ranks()
@@ -176,9 +178,9 @@ class Recipe:
         network = self.run.network
         if self.run.phase == "search":
             return self.calibrated(self.method.mask(self.run, keep_ratio))
-        statistics = {
-            name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in network.batch_norms().items()
-        }
+        with self.run.averaged():
+            norms = network.batch_norms().items()
+            statistics = {name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in norms}
         return Subnet(self.run.plan.mask_U, statistics)
 
     def calibrated(self, mask_U: np.ndarray) -> Subnet:
@@ -202,7 +204,7 @@ class Recipe:
 
     def evaluate_on(self, subnet: Subnet, images: BatchedSet) -> dict[str, float]:
         network = self.run.network
-        with installed(network, subnet):
+        with self.run.averaged(), installed(network, subnet):
             batches = images.batches(self.config.train.batch_size)
             return evaluate(network, network.plan(subnet.mask_U), batches, self.config.train.label_smoothing)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from args import Arguments, Config, check_resume, config_from_dict, config_to_yaml
-from data import DataSplits, build_data
+from data import Augmentation, DataSplits, build_data
 from trainers.build import new_run, restore_model, restore_run
 from trainers.devices import check_ranks, find_device, gpus_to_start, starter
 from trainers.recipe import Diverged, Recipe, Stopped
@@ -228,6 +228,7 @@ def load_data(config: Config, device: torch.device) -> DataSplits:
     for part in (data.train, data.holdout, data.test):
         part.channels_last = True
         part.rank, part.num_ranks = rank(), num_ranks()
+    data.train.augmentation = Augmentation(settings.rand_augment, settings.mixup, settings.cutmix, data.num_classes)
     for what, size in (
         ("batch_size", config.train.batch_size),
         ("finetune_batch_size", config.finetunes * config.finetune.finetune_batch_size),

@@ -5,6 +5,8 @@ Legend: U maskable units of the network, K masks drawn in one step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from args import Config, config_to_dict
 from data import DataSplits
+from utils.algorithm.average import lent, move_average
 from utils.algorithm.estimators.base import Estimator
 from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
@@ -96,6 +99,8 @@ class RunState:
         seconds: time of everything else (choosing, evaluating).
         choice: how the candidates did when the subnet was chosen.
         history: one row for every finished epoch, the content of results.csv.
+        average: with `--ema` the moving averages of weights and batch-norm statistics, by name, from the first step of
+            a fixed network on. They are what is evaluated and stored as the result.
     """
 
     network: SparseNetwork
@@ -116,6 +121,7 @@ class RunState:
     seconds: float = 0.0
     choice: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    average: dict[str, Tensor] | None = None
 
     def batch_size(self, config: Config) -> int:
         """Images of a step of the current phase."""
@@ -125,9 +131,20 @@ class RunState:
         """Finished epochs at the end of the current phase."""
         return config.train.epochs if self.phase == "search" else config.total_epochs
 
+    def move_average(self, decay: float) -> None:
+        """Follows a step of the weights."""
+        self.average = move_average(self.average, self.network.moving_tensors(), decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Lends the averaged weights and statistics to the network. Without an average it stays as it is."""
+        with lent(self.network.moving_tensors(), self.average or {}):
+            yield
+
     def replicated(self) -> dict[str, Tensor]:
         """What is the same on all ranks, by name: weights, statistics, scores, state of the optimizers, masks."""
         tensors, optimizers = dict(self.network.model.state_dict()), [self.weight_optimizer]
+        tensors |= {f"average of {name}": value for name, value in (self.average or {}).items()}
         if self.search is not None:
             optimizers.append(self.search.score_optimizer)
             if self.search.masks is not None:
@@ -153,14 +170,15 @@ class RunState:
         }
 
     def best_state(self, config: Config, data: DataSplits) -> dict[str, Any]:
-        """The content of best.pt: the weights of now with the subnet that they are best with.
+        """The content of best.pt: the weights of now, or their average, with the subnet that they are best with.
 
         Beside its configuration this is all that somebody needs who takes the network home: the widths of its layers
         (kept output channels by name), the images that it reads, how accurate it is, and the epoch that it is from.
         """
-        network = self.network
+        network, stored = self.network, self.model_state(config, data.fingerprint)
         return {
-            **self.model_state(config, data.fingerprint),
+            **stored,
+            "model": {**stored["model"], **(self.average or {})},
             "images": data.facts(),
             "widths": network.graph.layer_widths(network.plan(self.best.subnet.mask_U).counts),
             "subnet": self.best.subnet.state_dict(),
@@ -182,6 +200,7 @@ class RunState:
             "clocks": [self.epoch_seconds, self.train_seconds, self.seconds],
             "choice": self.choice,
             "history": self.history,
+            "average": self.average,
             "search": None if self.search is None else _search_state(self.search),
         }
 

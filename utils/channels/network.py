@@ -88,6 +88,11 @@ class SparseNetwork:
         """Everything that is trained by backward: all parameters but the scores."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def moving_tensors(self) -> dict[str, Tensor]:
+        """What a training step moves beside the scores, by name: weights and the statistics of batch-norms."""
+        weights = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        return weights | {name: value for name, value in self.model.named_buffers() if value.is_floating_point()}
+
     def clear_gradients(self) -> None:
         """Before a backward: no parameter has a gradient other than zero."""
         self._compact.gradients.clear(self.weight_parameters())

@@ -13,7 +13,13 @@ Cost = tuple[int, int]  # multiply-adds of one image, without and with padding
 
 
 def count_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """How many labels are among the k highest logits: 0-d float on the device."""
+    """How many labels are among the k highest logits: 0-d float on the device.
+
+    Args:
+        labels: (B,) class numbers, or (B, classes) weights, of which the heaviest class counts (ties: the lowest).
+    """
+    if labels.dim() == 2:
+        labels = labels.argmax(dim=1)
     k = min(k, logits.shape[1])
     return (logits.topk(k, dim=1).indices == labels.unsqueeze(1)).any(dim=1).sum(dtype=torch.float64)
 
