@@ -453,7 +453,7 @@ class Config:
         ),
         Rule(
             lambda c: c.train.ema > 0 and c.method in TWO_PHASE and not c.finetune.finetune,
-            "{ema} averages weights while a fixed network is trained, and with {finetune} method {method} never does "
+            "{ema} averages weights while a fixed network is trained, and with {finetune} {method} never does "
             "that; pass --ema 0, or leave finetune on",
         ),
     )

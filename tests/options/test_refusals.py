@@ -198,6 +198,8 @@ def test_the_choice_of_a_subnet_needs_no_finetuning():
         ("--nesterov --momentum 0", "needs a momentum above 0, got momentum 0.0 (command line)"),
         ("--holdout 0", "holdout 0.0 (command line) and sample_from_training_set off (default) leave no images"),
         ("--method gumbel --holdout 0", "leave no images to choose the subnet with"),
+        ("--no-finetune --ema 0.9", "ema 0.9 (command line) averages weights while a fixed network is trained"),
+        ("--method l1 --no-finetune --ema 0.9", "with finetune off (command line) method l1 (command line) never does"),
     ],
 )
 def test_contradictions_are_refused(command_line, message):
@@ -217,6 +219,8 @@ def test_contradictions_are_refused(command_line, message):
         "--init xavier_normal",
         "--method released --budget-schedule cubic --K 3",
         "--evaluate --resume",
+        "--method thin --no-finetune --ema 0.9",
+        "--mixup 0.2 --cutmix 1 --rand-augment 2 --ema 0.999",
     ],
 )
 def test_what_goes_together_is_accepted(command_line):

@@ -232,7 +232,7 @@ def programs(folder: Path, images: Path) -> None:
             time.sleep(0.05)
     os.environ["TORCHELASTIC_RUN_ID"] = place
     codes["mixed"].append(program(folder, images, "mixed", "--resume"))
-    short = ("--epochs", "1", "--finetune-epochs", "1")
+    short = ("--epochs", "1", "--finetune-epochs", "1", "--mixup", "0.2", "--rand-augment", "1", "--ema", "0.5")
     codes["methods"] = [program(folder, images, name, "--method", name, *short) for name in METHODS]
     torch.save(codes, folder / f"rank{os.environ['RANK']}.pt")
 
