@@ -309,7 +309,7 @@ class Judge:
     masks: list[np.ndarray] = field(default_factory=list)
     _numbers: dict[bytes, int] = field(default_factory=dict)
 
-    def evaluate(self, network: Any, plan: Any, batches: Any, _config: Any) -> dict[str, float]:
+    def evaluate(self, network: Any, plan: Any, batches: Any) -> dict[str, float]:
         count = sum(len(labels) for _, labels in batches)
         part = {TRAIN: "train", HELDOUT: "heldout", TEST: "test"}[count]
         weights = next(network.model.parameters()).detach().numpy().tobytes()

@@ -238,8 +238,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def evaluate(network: SparseNetwork, plan: Plan, batches: Batches, label_smoothing: float = 0.0) -> dict[str, float]:
+def evaluate(network: SparseNetwork, plan: Plan, batches: Batches) -> dict[str, float]:
     """Loss, top-1 and top-5 (per cent) of one fixed subnet in eval mode. Changes no tensor and no generator.
+
+    The loss is the plain cross-entropy, however smooth the labels are in training, so that runs can be compared.
 
     Args:
         batches: of this rank; there may be none. The numbers are those of all ranks' images, each counted once.
@@ -249,7 +251,7 @@ def evaluate(network: SparseNetwork, plan: Plan, batches: Batches, label_smoothi
     with eval_mode(network), torch.inference_mode():
         for images, labels in batches:
             logits = network(images, plan, update_statistics=False)
-            loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+            loss = F.cross_entropy(logits, labels)
             sums.add(batch_sums(loss, logits, labels), len(labels))
     sums.add_other_ranks()
     return {name: value * (1 if name == "loss" else 100) for name, value in sums.means().items()}

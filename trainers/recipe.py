@@ -205,8 +205,7 @@ class Recipe:
     def evaluate_on(self, subnet: Subnet, images: BatchedSet) -> dict[str, float]:
         network = self.run.network
         with self.run.averaged(), installed(network, subnet):
-            batches = images.batches(self.config.train.batch_size)
-            return evaluate(network, network.plan(subnet.mask_U), batches, self.config.train.label_smoothing)
+            return evaluate(network, network.plan(subnet.mask_U), images.batches(self.config.train.batch_size))
 
     @staticmethod
     def merit(metrics: dict[str, float]) -> tuple[float, float]:

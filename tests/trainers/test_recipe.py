@@ -220,14 +220,15 @@ def smoothed(request, images, tmp_path_factory) -> Run:
     return run(tmp_path_factory.mktemp(request.param), images, method=request.param, **settings)
 
 
-def test_all_losses_are_smoothed_alike(smoothed):
-    """Those of all passes of a step, of fine-tuning and of evaluation. Passes that estimate statistics have none."""
+def test_labels_are_smoothed_in_training_and_not_in_evaluation(smoothed):
+    """In all passes of a step and in fine-tuning. Passes that estimate statistics have no loss."""
     seen = {kind: {p.smoothing for p in smoothed.record.passes(kind)} for kind in ("graph", "evaluation")}
-    assert seen == {"graph": {0.125}, "evaluation": {0.125}}
+    assert seen == {"graph": {0.125}, "evaluation": {0.0}}
     assert {p.smoothing for p in smoothed.record.passes("free") if not math.isnan(p.loss)} <= {0.125}
     losses = [p for p in smoothed.record.passes() if not math.isnan(p.loss)]
     for p in losses:
-        assert p.loss == pytest.approx(float(F.cross_entropy(p.logits, p.labels, label_smoothing=0.125)), rel=1e-6)
+        smoothing = 0.0 if p.kind == "evaluation" else 0.125
+        assert p.loss == pytest.approx(float(F.cross_entropy(p.logits, p.labels, label_smoothing=smoothing)), rel=1e-6)
 
 
 def test_gradients_are_clipped_as_the_last_thing_before_a_step(smoothed):
