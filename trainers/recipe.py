@@ -24,6 +24,7 @@ from utils.algorithm.schedules import falling_keep_ratio, learning_rate_factor
 from utils.channels.subnet import Subnet, estimate_statistics, installed
 from utils.ranks.exchange import agreed_signal, check_equal, num_ranks
 from utils.run.metrics import CostLedger, MetricSums
+from utils.run.progress import Progress, Stage
 from utils.run.signals import StopRequest
 
 CHECK_EVERY = 100  # steps; reads all weights once and makes a GPU wait
@@ -68,17 +69,27 @@ class Recipe:
         Raises: Stopped after the step in which a signal came; Diverged when the loss is not finite; RankError.
         """
         self.check_ranks()
-        while self.run.phase != "done":
-            if self.run.epoch < self.run.num_epochs(self.config):
-                self.train_epoch()
-                self.finish_epoch()
-            elif self.run.phase == "search":
-                self.choose_subnet()
-            else:
-                self.run.phase = "done"
-                self.reporter.save(self.run)
-            if self.run.phase != "done":
-                self.stop_if_asked()
+        with Progress(self.stages(), self.config.run.print_freq) as progress:
+            while self.run.phase != "done":
+                if self.run.epoch < self.run.num_epochs(self.config):
+                    self.train_epoch(progress)
+                    self.finish_epoch()
+                elif self.run.phase == "search":
+                    self.choose_subnet()
+                else:
+                    self.run.phase = "done"
+                    self.save()
+                if self.run.phase != "done":
+                    self.stop_if_asked()
+
+    def stages(self) -> list[Stage]:
+        """What the whole recipe consists of, whatever is done of it already."""
+        config, first = self.config, self.method.first_phase
+        parts = [(first, config.total_epochs, config.train.batch_size)]
+        if config.finetunes:
+            tuned = ("finetune", config.finetune.finetune_epochs, config.finetune.finetune_batch_size)
+            parts = [(first, config.train.epochs, config.train.batch_size), tuned]
+        return [Stage(name, epochs, self.data.train.num_train_batches(size), size) for name, epochs, size in parts]
 
     @property
     def batch_size(self) -> int:
@@ -105,12 +116,13 @@ class Recipe:
             progress=now / total,
         )
 
-    def train_epoch(self) -> None:
+    def train_epoch(self, progress: Progress) -> None:
         """The rest of the epoch under way."""
         run, config = self.run, self.config
         steps = self.data.train.num_train_batches(self.batch_size)
         batches = self.data.train.train_batches(self.batch_size, config.run.seed, run.epoch, start=run.step)
-        with self.reporter.progress(run, steps) as progress, self.timed("epoch_seconds"):
+        progress.begin_epoch(run.epoch, run.step)
+        with self.timed("epoch_seconds"):
             for images, labels in batches:
                 settings = self.settings(run.step, steps)
                 run.sums.add(self.step(images, labels, settings), self.batch_size)
@@ -162,16 +174,16 @@ class Recipe:
             may_be_result = is_best and run.phase != "search"  # a search ends with a choice, and that is tested
             is_tested = may_be_result or self.is_test_due(run.epoch + 1)
             test = self.evaluate_on(subnet, self.data.test) if is_tested else {}
-        run.epoch += 1
-        run.step = 0
-        if is_best:
-            run.best = Best(subnet, run.epoch, heldout, test)
-        self.check_finite()
-        self.check_ranks()
-        self.reporter.epoch_end(run, subnet, settings, heldout, test)
-        run.train_seconds += run.epoch_seconds
-        run.sums, run.epoch_cost, run.epoch_seconds = MetricSums(), CostLedger(), 0.0
-        self.reporter.save(run, best=is_best, epoch_end=True)
+            run.epoch += 1
+            run.step = 0
+            if is_best:
+                run.best = Best(subnet, run.epoch, heldout, test)
+            self.check_finite()
+            self.check_ranks()
+            self.reporter.epoch_end(run, subnet, settings, heldout, test)
+            run.train_seconds += run.epoch_seconds
+            run.sums, run.epoch_cost, run.epoch_seconds = MetricSums(), CostLedger(), 0.0
+        self.save(best=is_best, epoch_end=True)
 
     def current_subnet(self, keep_ratio: float) -> Subnet:
         """What would be shipped now: in a search the subnet that it would keep, else the network as it is."""
@@ -239,14 +251,19 @@ class Recipe:
             }
         run.best = Best(subnet, run.epoch, heldout, test)
         self.reporter.choice(run, len(subnets))
-        self.reporter.save(run, best=True)  # the weights of best.pt are those of the search's end
+        self.save(best=True)  # the weights of best.pt are those of the search's end
         if config.finetune.finetune:
             fix_subnet(run, config, subnet)
         else:
             run.phase, run.subnet = "done", subnet
-        self.reporter.save(run)
+        self.save()
 
     # ---- small helpers ----------------------------------------------------------------------------------------
+
+    def save(self, best: bool = False, epoch_end: bool = False) -> None:
+        """As `Reporter.save`. A checkpoint cannot hold the time of its own writing; the next one does."""
+        with self.timed("seconds"):
+            self.reporter.save(self.run, best, epoch_end)
 
     def check_finite(self) -> None:
         loss = self.run.sums.means().get("loss", 0.0)

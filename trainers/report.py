@@ -19,7 +19,7 @@ from utils.ranks.exchange import num_ranks
 from utils.run import checkpoint
 from utils.run.board import Board
 from utils.run.folder import write_csv, write_json
-from utils.run.progress import Progress, announce
+from utils.run.progress import announce
 
 TAGS = {  # column of results.csv -> curve in TensorBoard
     "train_loss": "train/loss",
@@ -79,10 +79,6 @@ class Reporter:
         self.board = Board(folder / "logs", purge_step=run.epoch + 1 if run.epoch else None)
         self.board.layout(PAGES)
 
-    def progress(self, run: RunState, steps: int) -> Progress:
-        description = f"{run.phase} epoch {run.epoch + 1}/{self.config.total_epochs}"
-        return Progress(steps, description, run.step, every_steps=self.config.run.print_freq)
-
     def epoch_end(
         self,
         run: RunState,
@@ -127,7 +123,7 @@ class Reporter:
         seen = (("held-out", heldout), ("test", test))
         accuracies = "".join(f", {name} {metrics['top1']:.2f} %" for name, metrics in seen if metrics)
         announce(
-            f"{run.phase} epoch {run.epoch}: train loss {values['train_loss']:.3f}{accuracies} with "
+            f"{run.phase} epoch {run.epoch}/{self.config.total_epochs}: train loss {values['train_loss']:.3f}{accuracies} with "
             f"{100 * values['subnet_flops_ratio']:.1f} % of the dense FLOPs, "
             f"{values['step_ms']:.0f} ms a step"
         )

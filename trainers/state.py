@@ -96,7 +96,7 @@ class RunState:
         step: finished steps of the epoch under way.
         sums, epoch_cost, epoch_seconds: training metrics, arithmetic and time of the epoch under way.
         train_seconds: time of the training steps of all finished epochs.
-        seconds: time of everything else (choosing, evaluating).
+        seconds: time of everything else in the recipe (evaluating, choosing, reporting, saving).
         choice: how the candidates did when the subnet was chosen.
         history: one row for every finished epoch, the content of results.csv.
         average: with `--ema` the moving averages of weights and batch-norm statistics, by name, from the first step of

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from utils.run import progress
-from utils.run.progress import Progress, announce
+from utils.run.progress import Progress, Stage, announce
 from utils.run.signals import StopRequest
 
 DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
@@ -25,74 +25,137 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that stands at its only entry."""
-    now = [100.0]
-    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
-    return now
+    times = [100.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: times[0])
+    return times
 
 
-def test_plain_lines_come_every_few_steps_and_at_the_end(clock: list[float]) -> None:
+def test_plain_lines_come_every_few_steps_and_at_the_end(now: list[float]) -> None:
     stream = io.StringIO()
     asked = []
-    with Progress(10, "epoch 3/4", every_steps=3, stream=stream) as bar:
+    with Progress([Stage("search", 4, 10, 32)], every_steps=3, stream=stream) as shown:
+        shown.begin_epoch(3)
         for step in range(10):
-            clock[0] += 4.0
-            asked.append(bar.wants_values())
-            bar.update(32, {"loss": 1.23456 + step, "top1": 45.6})
+            now[0] += 4.0
+            asked.append(shown.wants_values())
+            shown.update(32, {"loss": 1.23456 + step, "top1": 45.6})
     lines = stream.getvalue().splitlines()
     assert [index + 1 for index, wants in enumerate(asked) if wants] == [3, 6, 9, 10]
     assert len(lines) == 4
-    assert re.fullmatch(DATE + r"epoch 3/4 step 3/10 loss 3\.235 top1 45\.60 8 images/s, 0:28 left", lines[0])
-    assert re.fullmatch(DATE + r"epoch 3/4 step 10/10 loss 10\.23 top1 45\.60 8 images/s, 0:00 left", lines[-1])
+    rest = r"top1 45\.60 8 images/s, {} left of this run"
+    assert re.fullmatch(DATE + r"search epoch 4/4 step 3/10 loss 3\.235 " + rest.format("0:28"), lines[0])
+    assert re.fullmatch(DATE + r"search epoch 4/4 step 10/10 loss 10\.23 " + rest.format("0:00"), lines[-1])
 
 
-def test_the_answer_of_a_bar_holds_until_the_update(clock: list[float]) -> None:
-    with Progress(10, "epoch", stream=Terminal()) as bar:
-        clock[0] += 0.4
-        assert not bar.wants_values()
-        clock[0] += 0.4
-        bar.update(1)
-        assert bar.wants_values()
+def seconds_left(text: str) -> list[int]:
+    return [60 * int(m) + int(s) for m, s in re.findall(r"(\d+):(\d\d) left", text)]
 
 
-def test_a_continued_epoch_counts_only_its_own_steps_for_speed(clock: list[float]) -> None:
+def test_the_time_left_is_that_of_the_whole_run(now: list[float]) -> None:
+    """Two epochs of 5 steps, then three of 2 steps with twice the images; steps of 1 and 3 s, ends of epochs of 10 s."""
     stream = io.StringIO()
-    with Progress(100, "epoch", initial=98, every_steps=1, stream=stream) as bar:
-        clock[0] += 60.0
-        bar.update(120)
-        clock[0] += 60.0
-        bar.update(120)
-    first, second = stream.getvalue().splitlines()
-    assert first.endswith("epoch step 99/100 2 images/s, 1:00 left")
-    assert second.endswith("epoch step 100/100 2 images/s, 0:00 left")
+    with Progress([Stage("search", 2, 5, 8), Stage("finetune", 3, 2, 16)], every_steps=1, stream=stream) as shown:
+        for epoch in range(5):
+            now[0] += 70.0 if epoch == 2 else 10.0  # a choice between the stages is no end of an epoch
+            shown.begin_epoch(epoch)
+            for _ in range(5 if epoch < 2 else 2):
+                now[0] += 1.0 if epoch < 2 else 3.0
+                shown.update(8)
+    text = stream.getvalue()
+    assert seconds_left(text) == [
+        *(9 + 12, 8 + 12, 7 + 12, 6 + 12, 5 + 12),  # a step of fine-tuning as long as two of the search; no end known
+        *(4 + 12 + 40, 3 + 12 + 40, 2 + 12 + 40, 1 + 12 + 40, 12 + 40),
+        *(15 + 30, 12 + 30, 9 + 20, 6 + 20, 3 + 10, 0 + 10),
+    ]
+    assert [line.split()[2:5] for line in text.splitlines()[::5]] == [
+        ["search", "epoch", "1/5"], ["search", "epoch", "2/5"], ["finetune", "epoch", "3/5"], ["finetune", "epoch", "5/5"]
+    ]  # fmt: skip
+
+
+def test_a_run_that_goes_on_counts_only_its_own_steps_for_speed(now: list[float]) -> None:
+    stream = io.StringIO()
+    with Progress([Stage("search", 3, 100, 120)], every_steps=1, stream=stream) as shown:
+        shown.begin_epoch(1, step=98)
+        for _ in range(2):
+            now[0] += 60.0
+            shown.update(120)
+        now[0] += 30
+        shown.begin_epoch(2)
+        now[0] += 60.0
+        shown.update(120)
+    first, second, third = stream.getvalue().splitlines()
+    assert first.endswith("search epoch 2/3 step 99/100 2 images/s, 1:41:00 left of this run")
+    assert second.endswith("search epoch 2/3 step 100/100 2 images/s, 1:40:00 left of this run")
+    assert third.endswith("search epoch 3/3 step 1/100 2 images/s, 1:39:30 left of this run")
+
+
+def test_the_answer_of_a_bar_holds_until_the_update(now: list[float]) -> None:
+    with Progress([Stage("search", 1, 10, 1)], stream=Terminal()) as shown:
+        shown.begin_epoch(0)
+        now[0] += 0.4
+        assert not shown.wants_values()
+        now[0] += 0.4
+        shown.update(1)
+        assert shown.wants_values()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03")])
 def test_times_read_like_a_clock(seconds: float, text: str) -> None:
-    assert progress._clock(seconds) == text
+    assert progress.clock(seconds) == text
 
 
-def test_a_terminal_gets_a_bar_with_values(clock: list[float]) -> None:
+def test_a_terminal_gets_one_bar_for_the_whole_run(now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     stream = Terminal()
-    with Progress(2, "epoch 1/2", stream=stream) as bar:
-        for _ in range(2):
-            clock[0] += 1.0
-            assert bar.wants_values()
-            bar.update(32, {"loss": 1.5})
-        announce("saved", stream)
-    text = stream.getvalue()
-    assert "epoch 1/2: 100%" in text
-    assert "2/2" in text
-    assert "loss 1.500, 32 images/s" in text
-    assert re.search(r"\r" + DATE + r"saved\n", text), "the line must start where the bar was wiped away"
+    with Progress([Stage("search", 1, 2, 32), Stage("finetune", 1, 4, 16)], stream=stream) as shown:
+        for epoch, steps in enumerate((2, 4)):
+            shown.begin_epoch(epoch)
+            for _ in range(steps):
+                now[0] += 1.0
+                assert shown.wants_values()
+                shown.update(32, {"loss": 1.5})
+            announce("saved", stream)
+    states = [state for state in re.split(r"[\r\n]+", stream.getvalue()) if "left" in state]
+    assert re.fullmatch(r"search epoch 1/2  17%\|\S* *\|, 0:03 left, loss 1\.500, 32 images/s", states[0])
+    assert any(state.startswith("search epoch 1/2  33%") for state in states)
+    assert any(state.startswith("finetune epoch 2/2  50%") for state in states)
+    assert re.fullmatch(r"finetune epoch 2/2 100%\|\S+\|, 0:00 left, loss 1\.500, 32 images/s", states[-1])
+    assert stream.getvalue().count("\n") == 3, "two lines, and the end of a single bar"
+    assert re.search(r"\r" + DATE + r"saved\n", stream.getvalue()), "the line must start where the bar was wiped away"
 
 
-def test_a_bar_reads_values_at_most_twice_a_second(clock: list[float]) -> None:
-    with Progress(1000, "epoch", stream=Terminal()) as bar:
+def test_the_bar_of_a_run_that_goes_on_starts_where_it_was(now: list[float]) -> None:
+    stream = Terminal()
+    with Progress([Stage("search", 2, 50, 1), Stage("finetune", 2, 100, 1)], stream=stream) as shown:
+        shown.begin_epoch(2, step=49)
+        now[0] += 1
+        shown.update(1)
+    assert "finetune epoch 3/4  50%" in stream.getvalue()
+
+
+@pytest.mark.parametrize(("columns", "words"), [(64, "loss 1.500"), (80, "top1 45.60"), (110, "9 images/s")])
+def test_a_narrow_terminal_shows_fewer_values(
+    now: list[float], monkeypatch: pytest.MonkeyPatch, columns: int, words: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    with Progress([Stage("search", 10000, 1, 9)], stream=stream) as shown:
+        shown.begin_epoch(8999)
+        now[0] += 1.0
+        shown.update(9, {"loss": 1.5, "top1": 45.6})
+    last = re.split(r"[\r\n]+", stream.getvalue().strip())[-1]
+    assert last.endswith(words)
+    assert len(re.sub(r"\|.*?\|", "||", last)) + 6 <= columns
+
+
+def test_a_bar_reads_values_at_most_twice_a_second(now: list[float]) -> None:
+    with Progress([Stage("search", 1, 1000, 1)], stream=Terminal()) as bar:
+        bar.begin_epoch(0)
         shown = 0
         for _ in range(500):
-            clock[0] += 0.01
+            now[0] += 0.01
             shown += bar.wants_values()
             bar.update(1)
     assert 8 <= shown <= 10
