@@ -376,7 +376,9 @@ class TrainConfig:
         choices=("cosine_lr", "constant_lr", "multistep_lr"),
     )
     warmup_length: int = option(0, "epochs over which learning rates rise; below epochs", within="[0, inf)")
-    label_smoothing: float = option(0.0, "label smoothing of the training loss; losses of held-out and test images have none", within="[0, 1)")
+    label_smoothing: float = option(
+        0.0, "label smoothing of the training loss; losses of held-out and test images have none", within="[0, 1)"
+    )
     clip_norm: float = option(3.0, "largest gradient norm, of the weights and of the scores each", within="(0, inf)")
     precision: str = option("fp32", "number format of the passes", choices=("fp32", "bf16"), common=True)
     ema: float = option(

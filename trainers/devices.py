@@ -92,3 +92,10 @@ def starter(config: Config) -> list[str]:
     if num_started() == 1 or config.run.multigpu is not None:
         return ["python"]
     return ["torchrun", "--standalone", "--nproc_per_node", str(num_started())]
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words: the name of a GPU, or how many threads the CPU runs."""
+    if device.type == "cuda":
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    return f"cpu, {torch.get_num_threads()} threads"

@@ -1,9 +1,8 @@
-"""What a run tells: progress, one row an epoch, TensorBoard, checkpoints, and the summary at the end."""
+"""What a run tells: progress, one row an epoch, TensorBoard, checkpoints; the result is in `trainers/result.py`."""
 
 from __future__ import annotations
 
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from torch import Tensor
 from args import Config
 from data import DataSplits
 from trainers.default import StepSettings
+from trainers.devices import device_name
+from trainers.result import summarise
 from trainers.state import RunState
 from utils.channels.subnet import Subnet
 from utils.ranks.exchange import num_ranks
@@ -123,7 +124,8 @@ class Reporter:
         seen = (("held-out", heldout), ("test", test))
         accuracies = "".join(f", {name} {metrics['top1']:.2f} %" for name, metrics in seen if metrics)
         announce(
-            f"{run.phase} epoch {run.epoch}/{self.config.total_epochs}: train loss {values['train_loss']:.3f}{accuracies} with "
+            f"{run.phase} epoch {run.epoch}/{self.config.total_epochs}: "
+            f"train loss {values['train_loss']:.3f}{accuracies} with "
             f"{100 * values['subnet_flops_ratio']:.1f} % of the dense FLOPs, "
             f"{values['step_ms']:.0f} ms a step"
         )
@@ -210,48 +212,7 @@ def score_facts(scores_U: Tensor) -> dict[str, float]:
     }
 
 
-def summarise(run: RunState, config: Config, data: DataSplits, folder: Path) -> dict[str, Any]:
-    """The result of a finished run: of the subnet that held-out images chose."""
-    network, best = run.network, run.best
-    plan = network.plan(best.subnet.mask_U)
-    dense = network.num_units == 0
-    return {
-        "arch": config.model.arch,
-        "width_mult": config.model.width_mult,
-        "set": config.data.set,
-        "method": config.method,
-        "keep_ratio": 1.0 if dense else config.sparsity.keep_ratio,
-        "test_top1": best.test["top1"],
-        "test_top5": best.test["top5"],
-        "test_loss": best.test["loss"],
-        "heldout_top1": best.heldout.get("top1"),
-        "flops_ratio": network.subnet_macs(plan) / network.dense_macs,
-        "train_flops_ratio": run.ledger.train_flops_ratio,
-        "train_flops_ratio_padded": run.ledger.padded_train_flops_ratio,
-        "params_kept": network.subnet_parameters(plan) / network.dense_parameters,
-        "units_kept": None if dense else float(best.subnet.mask_U.mean()),
-        "train_seconds": run.train_seconds,
-        "seconds": run.train_seconds + run.seconds,
-        "epochs": run.epoch,
-        "best_epoch": best.epoch,
-        "seed": config.run.seed,
-        "execution": "dense" if dense else network.execution,
-        "precision": config.train.precision,
-        "device": device_name(network.device),
-        "ranks": num_ranks(),
-        "choice": {name: None if math.isnan(value) else value for name, value in run.choice.items()},
-        "data_fingerprint": data.fingerprint,
-        "run": str(folder),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device}: {torch.cuda.get_device_name(device)}"
-    return f"cpu, {torch.get_num_threads()} threads"
-
-
-# ---- the first and the last lines of a run ----
+# ---- the first lines of a run ----
 
 
 def describe(config: Config, data: DataSplits, run: RunState) -> None:
@@ -283,19 +244,3 @@ def describe(config: Config, data: DataSplits, run: RunState) -> None:
             what = {"params": "parameters", "flops": "multiply-adds"}[counted]
             budget = f"the {what} (at most {most:,.2f} M expected), choosing among {units}"
         announce(f"{config.method}: keeping {100 * kept:g} % of {budget}; {network.execution} execution")
-
-
-def print_result(summary: dict[str, Any], config: Config) -> None:
-    """The last lines of a run."""
-    kept = "" if summary["units_kept"] is None else f", {100 * summary['units_kept']:.1f} % of its units kept"
-    print(
-        f"\ntrained {summary['arch']} on {summary['set']}: {summary['epochs']} epochs in "
-        f"{summary['seconds']:.0f} s ({summary['train_seconds']:.0f} s of training steps){kept}\n"
-        f"test accuracy      {summary['test_top1']:.2f} % top-1, {summary['test_top5']:.2f} % top-5\n"
-        f"inference FLOPs    {100 * summary['flops_ratio']:.1f} % of dense, "
-        f"parameters {100 * summary['params_kept']:.1f} %\n"
-        f"training FLOPs     {100 * summary['train_flops_ratio']:.1f} % of dense training for as many epochs\n"
-        f"run folder         {summary['run']}\n"
-        f"curves             tensorboard --logdir {shlex.quote(config.run.log_dir)} --host 127.0.0.1\n"
-        f"same number again  python main.py --evaluate --resume {shlex.quote(summary['run'])}"
-    )

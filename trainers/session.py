@@ -17,7 +17,8 @@ from data import Augmentation, DataSplits, build_data
 from trainers.build import new_run, restore_model, restore_run
 from trainers.devices import check_ranks, find_device, gpus_to_start, starter
 from trainers.recipe import Diverged, Recipe, Stopped
-from trainers.report import Reporter, SilentReporter, describe, print_result
+from trainers.report import Reporter, SilentReporter, describe
+from trainers.result import accuracies, print_result
 from trainers.state import RunState
 from utils.channels.subnet import Subnet
 from utils.errors import UserError
@@ -191,7 +192,7 @@ def evaluate_stored(config: Config, data: DataSplits, run: RunState, stored: Sto
     test = recipe.evaluate_on(subnet, data.test)
     plan = network.plan(subnet.mask_U)
     print(
-        f"{stored.file}: test top-1 {test['top1']:.2f} %, top-5 {test['top5']:.2f} %, loss {test['loss']:.4f}, "
+        f"{stored.file}: test {accuracies(test, data.num_classes)}, loss {test['loss']:.4f}, "
         f"{100 * network.subnet_macs(plan) / network.dense_macs:.1f} % of the dense FLOPs"
     )
     return 0

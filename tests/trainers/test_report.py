@@ -15,8 +15,10 @@ from tests.tiny import (
     FINETUNE,
     FINETUNE_BATCH,
     FINETUNE_STEPS,
+    HELDOUT,
     SEARCH,
     STEPS,
+    TEST,
     Pass,
     Run,
     Save,
@@ -173,8 +175,33 @@ def test_the_summary_is_that_of_the_best_checkpoint(done):
     last = next(p for p in reversed(done.record.passes("evaluation")) if p.is_test)
     ratio = (last.live_macs / len(last.images)) / (whole.macs / len(whole.images))
     assert summary["flops_ratio"] == pytest.approx(ratio, rel=1e-12)
+    assert summary["flops_ratio_padded"] == pytest.approx(
+        (last.macs / len(last.images)) / (whole.macs / len(whole.images))
+    )
+    assert (summary["heldout_images"], summary["test_images"], summary["classes"]) == (HELDOUT, TEST, 6)
+    p = summary["heldout_top1"] / 100
+    assert summary["heldout_standard_error"] == pytest.approx(100 * math.sqrt(p * (1 - p) / HELDOUT))
     same = {"method": "vrpge", "arch": "resnet8_he", "keep_ratio": 0.5, "seed": 3, "epochs": SEARCH + FINETUNE}
     assert {key: summary[key] for key in same} == same
+
+
+def test_the_summary_knows_where_the_result_is_from_and_what_the_last_epoch_has(done):
+    summary = done.summary
+    assert (summary["best_epoch"], summary["best_phase"]) == (
+        done.load("best.pt")["epoch"],
+        done.load("best.pt")["phase"],
+    )
+    assert [summary[f"last_{part}_top1"] for part in ("heldout", "test")] == [
+        float(done.rows[-1][f"{part}_top1"]) for part in ("heldout", "test")
+    ]
+
+
+def test_training_flops_are_told_without_and_with_padding(done):
+    """Held-out images count as often as they choose; test images never."""
+    ledger = done.load("last.pt")["ledger"]
+    for name, key in (("executed", "train_flops_ratio"), ("padded", "train_flops_ratio_padded")):
+        assert done.summary[key] == ledger[name] / ledger["dense"]
+    assert done.summary["train_flops_ratio"] < done.summary["train_flops_ratio_padded"]
 
 
 def test_parameters_kept_are_those_of_the_thin_network(images, tmp_path):
