@@ -123,6 +123,12 @@ class RunConfig:
         False, "print the resolved options as YAML and exit", common=True, resumed="this command"
     )
     dry_run: bool = option(False, "build everything, run one batch and exit", common=True, resumed="this command")
+    doctor: bool = option(
+        False,
+        "say what there is here to train with, whether a training could start, and exit",
+        common=True,
+        resumed="this command",
+    )
 
     RULES: ClassVar = (
         Rule(lambda r: r.evaluate and r.resume is None, "{evaluate} needs a trained run; pass --resume PATH"),
@@ -505,6 +511,7 @@ training the weights, chooses one subnet, fine-tunes and evaluates it.
   python main.py --config FILE.yaml --keep-ratio 0.3   FILE, one option changed
   python main.py --resume PATH                         go on where a run stopped
   python main.py --list                                what there is to choose
+  python main.py --doctor                              is this machine ready?
   python main.py --help all                            every option
 
 The command line wins over the file, the file over the defaults. The file has
@@ -535,7 +542,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     config, where = _config_of({**file, **flags})
     if config.run.resume is None:
         check_together(OPTIONS, config, where)
-        check_effect(OPTIONS, config, flags)
+        if not config.run.doctor:  # it looks for all sets, for example, whichever the options name
+            check_effect(OPTIONS, config, flags)
     return Arguments(config, origin)
 
 
@@ -569,9 +577,9 @@ def config_to_dict(config: Config) -> dict[str, object]:
 def config_to_yaml(config: Config, origin: Mapping[str, str] | None = None) -> str:
     """The config as a YAML file by groups, each key followed by its origin if given; parses back to the same.
 
-    `print_config` is left out: a file made by --print-config should train, not print again.
+    `print_config` is left out: a file made by --print-config should train, not print again. So is `doctor`.
     """
-    return to_yaml(config, origin or {}, leave_out=["print_config"])
+    return to_yaml(config, origin or {}, leave_out=["print_config", "doctor"])
 
 
 def check_resume(stored: Config, arguments: Arguments) -> Config:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from args import config_to_yaml, parse_args
+try:
+    from args import config_to_yaml, parse_args
+except ModuleNotFoundError as error:
+    sys.exit(f"error: the package {error.name} is not installed; run `python -m pip install -r requirements.txt`")
 from utils.errors import RankError, UserError
 from utils.ranks.launch import num_started, only_first_rank_speaks, rank_here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 the last checkpoint could not be written, 2 a user's mistake, 3 diverged,
-    4 ranks have lost each other, 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    4 ranks have lost each other, 130 or 143 stopped by Ctrl-C or SIGTERM. With --doctor 1 means that no training could
+    start here."""
     try:
         with only_first_rank_speaks():
             return _run(argv)
@@ -25,9 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     arguments = parse_args(argv)
-    if arguments.config.run.print_config and arguments.config.run.resume is None:
+    asked = arguments.config.run
+    if asked.doctor:
+        from trainers.doctor import examine
+
+        return examine(arguments.config)
+    if asked.print_config and asked.resume is None:
         print(config_to_yaml(arguments.config, arguments.origin), end="")
         return 0
+    if not asked.print_config:  # what is printed then is a file
+        from utils.run.progress import announce
+
+        announce("the options are read, starting PyTorch")
     from trainers.session import Session  # torch takes seconds to import: only once the options are known good
 
     return Session(arguments, ["main.py", *(sys.argv[1:] if argv is None else argv)]).start()

@@ -67,14 +67,26 @@ def find_image_folder(root: Path) -> tuple[ClassFolder, ClassFolder]:
 
     Raises: UserError for missing folders, empty or differing classes.
     """
-    folders = [_existing("ImageFolder", root, *names) for names in (("train",), ("test", "val"))]
-    return _same_classes("ImageFolder", *(_list("ImageFolder", folder) for folder in folders))
+    return _same_classes("ImageFolder", *(_list("ImageFolder", folder) for folder in image_folders(root)))
+
+
+def image_folders(root: Path) -> list[Path]:
+    """The folders of training and test images, whatever is in them. Raises: UserError if one is not there."""
+    return [_existing("ImageFolder", root, *names) for names in (("train",), ("test", "val"))]
 
 
 def find_imagenet(root: Path) -> tuple[ClassFolder, ClassFolder]:
     """Training and test files of `<root>/ImageNet/train` and `val`, or of `<root>/train` and `val`.
 
     Raises: UserError for missing folders, empty or differing classes, or a number of classes that is not 1000.
+    """
+    return _same_classes("ImageNet", *(_list("ImageNet", folder) for folder in imagenet_folders(root)))
+
+
+def imagenet_folders(root: Path) -> list[Path]:
+    """The folders of training and validation images.
+
+    Raises: UserError if one is not there, or does not hold 1000 class folders.
     """
     root = root / "ImageNet" if (root / "ImageNet").is_dir() else root
     folders = [_existing("ImageNet", root, name) for name in ("train", "val")]
@@ -85,7 +97,7 @@ def find_imagenet(root: Path) -> tuple[ClassFolder, ClassFolder]:
                 f"ImageNet: {folder} holds {count} class folders, expected {IMAGENET_CLASSES}: sort its images into "
                 f"one folder per class, or pass --set ImageFolder --image-size 224 for other images"
             )
-    return _same_classes("ImageNet", *(_list("ImageNet", folder) for folder in folders))
+    return folders
 
 
 def open_rgb(path: str | Path) -> Image.Image:

@@ -71,9 +71,7 @@ def load_cifar(name: str, root: Path) -> RawData:
     Raises: UserError if files are missing and cannot be downloaded, or are damaged.
     """
     cifar = CIFAR_CLASSES[name]
-    folder = root / cifar.base_folder
-    checksums = dict([*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])])
-    missing = [file for file in checksums if not (folder / file).is_file()]
+    folder, checksums, missing = find_cifar(name, root)
     if missing:
         remedy = (
             f"get {cifar.filename} from https://www.cs.toronto.edu/~kriz/cifar.html and put it into {root}, "
@@ -99,6 +97,14 @@ def load_cifar(name: str, root: Path) -> RawData:
         *MEAN_STD[name],
         crop_padding=4,
     )
+
+
+def find_cifar(name: str, root: Path) -> tuple[Path, dict[str, str], list[str]]:
+    """The folder of CIFAR10 or CIFAR100, the MD5 sums of its files by name, and which of them are not there."""
+    cifar = CIFAR_CLASSES[name]
+    folder = root / cifar.base_folder
+    checksums = dict([*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])])
+    return folder, checksums, [file for file in checksums if not (folder / file).is_file()]
 
 
 def load_mnist(root: Path) -> RawData:
@@ -128,6 +134,12 @@ def load_fashion_mnist_mini() -> RawData:
 
     Raises: UserError if its file is missing or is not the one that was released.
     """
+    path = find_fashion_mnist_mini()
+    return _padded(datasets.FashionMNIST, [path] * 4, read_idx_file(path, num_arrays=4))
+
+
+def find_fashion_mnist_mini() -> Path:
+    """The file of the sample. Raises: UserError as `load_fashion_mnist_mini`."""
     path = FASHION_MNIST_MINI
     checksum = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
     if checksum != FASHION_MNIST_MINI_SHA256:
@@ -135,24 +147,25 @@ def load_fashion_mnist_mini() -> RawData:
             f"FashionMNIST-mini: {path} is missing or damaged (SHA-256 {checksum}, expected "
             f"{FASHION_MNIST_MINI_SHA256}); check it out again with `git checkout -- data/{path.name}`"
         )
-    return _padded(datasets.FashionMNIST, [path] * 4, read_idx_file(path, num_arrays=4))
+    return path
 
 
 def _idx_files(dataset: type[datasets.MNIST], root: Path, remedy: str, elsewhere: Path | None = None) -> list[Path]:
     """The four files, each plain or compressed: from torchvision's folder, or all elsewhere, or downloaded."""
     folder = root / dataset.__name__ / "raw"
-    found = {name: _plain_or_compressed(folder / name) for name in IDX_FILES}
-    missing = [name for name, path in found.items() if path is None]
-    if not missing:
-        return list(found.values())
-    if elsewhere is not None:
-        others = [_plain_or_compressed(elsewhere / name) for name in IDX_FILES]
-        if None not in others:
-            return others
+    for place in filter(None, (folder, elsewhere)):
+        if not missing_idx_files(place):
+            return [_plain_or_compressed(place / name) for name in IDX_FILES]
+    missing = missing_idx_files(folder)
     _download(
         dataset, root, f"{', '.join(missing)} (plain or .gz) not found in {folder}", f"{remedy} and put them there"
     )
     return [folder / name for name in IDX_FILES]
+
+
+def missing_idx_files(folder: Path) -> list[str]:
+    """Which of the four files are not in a folder, neither plain nor compressed."""
+    return [name for name in IDX_FILES if _plain_or_compressed(folder / name) is None]
 
 
 def _plain_or_compressed(path: Path) -> Path | None:

@@ -38,7 +38,7 @@ NEEDED = ("title", "seeds", "dense", "rows")
 JUDGES = ("test", "heldout")  # test images must choose nothing, so a table to choose from needs held-out ones
 KIND_WORDS = {dict: "a mapping, such as {key: value}", list: "a list, such as [a, b]", str: "plain text"}
 # Whoever starts a run decides these, so a table may not set them.
-DECIDED_ELSEWHERE = ("config", "name", "log_dir", "seed", "resume", "evaluate", "print_config", "dry_run")
+DECIDED_ELSEWHERE = ("config", "name", "log_dir", "seed", "resume", "evaluate", "print_config", "dry_run", "doctor")
 # These options change no number of a run. The seed does, but it stands beside the hash.
 NO_NUMBERS = {*DECIDED_ELSEWHERE, "print_freq", "save_every", "test_every", "workers"}
 SAME_NETWORK = ("set", "data", "arch", "width_mult")  # equal for a row and the dense row that it is compared with

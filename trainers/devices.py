@@ -98,4 +98,8 @@ def device_name(device: torch.device) -> str:
     """The device in words: the name of a GPU, or how many threads the CPU runs."""
     if device.type == "cuda":
         return f"{device}: {torch.cuda.get_device_name(device)}"
-    return f"cpu, {torch.get_num_threads()} threads"
+    return f"cpu, {thread_words(torch.get_num_threads())}"
+
+
+def thread_words(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"

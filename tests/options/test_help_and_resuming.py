@@ -128,6 +128,7 @@ NEEDED_FIRST = (
         "evaluate",
         "print-config",
         "dry-run",
+        "doctor",
         "list",
         "help",
         "set",
