@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import yaml
 
 from tools.command_line import ToolParser, exit_code_of
-from tools.table_report import Record, Results, write_report
+from tools.table_report import Record, Results, record_path, write_report
 from tools.tables import Run, Table, config_hash, options_of, read_run, read_table, row_name
 from utils.errors import UserError
 from utils.run.progress import announce
 from utils.run.signals import StopRequest
 
 PROGRAM = (sys.executable, str(Path(__file__).resolve().parent.parent / "main.py"))
-RUNS_FOLDER, RESULTS_FOLDER = Path("runs/tables"), Path("results")
+RUNS_FOLDER = Path("runs/tables")
 POLL_SECONDS = 0.05
 USELESS = {  # options that another one would ignore
     "only_report": ("jobs", "rows", "seeds", "again", "recorded", "time", "dry_run"),
@@ -42,8 +42,9 @@ def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = ToolParser(
         "tools.reproduce",
-        "Makes the missing runs of a table and writes results/NAME.md, NAME.csv and NAME.runs.json, a record of the "
-        "runs. The report includes recorded runs whose folders are elsewhere.",
+        "Makes the missing runs of a table NAME.yaml and writes NAME.md, NAME.csv and NAME.runs.json, a record of the "
+        "runs: into results/ for a table in configs/tables/ of this repository, and next to any other table. The "
+        "report includes recorded runs whose folders are elsewhere.",
     )
     parser.add_argument("table", metavar="TABLE.yaml", help="the table, such as configs/tables/small.yaml")
     parser.add_argument("--runs", type=Path, metavar="PATH", help="folder of its runs (default: runs/tables/NAME)")
@@ -51,7 +52,7 @@ def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="make only runs of these rows, and what they wait for")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="make only runs of these seeds")
     parser.add_argument("--again", action="store_true", help="also make runs that are done; the newest ones count")
-    parser.add_argument("--recorded", action="store_true", help="make no run that results/NAME.runs.json holds")
+    parser.add_argument("--recorded", action="store_true", help="make no run that NAME.runs.json holds")
     parser.add_argument("--time", action="store_true", help="measure seconds: one run of every row, alone, apart")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their states, and exit")
     parser.add_argument("--only-report", action="store_true", help="write the table from the runs that are there")
@@ -69,7 +70,7 @@ def run(argv: Sequence[str] | None, program: Sequence[str]) -> int:
     arguments = read_command_line(argv)
     table = read_table(arguments.table)
     root = arguments.runs or RUNS_FOLDER / table.path.stem
-    record = Record(RESULTS_FOLDER / f"{table.path.stem}.runs.json")
+    record = Record(record_path(table))
     for place, reason in TableRuns(table, root, record).left_out.items():
         announce(f"left out: {place} ({reason})")
     runs = TableRuns(table, root, record, alone=arguments.time, recorded=arguments.recorded)

@@ -1,4 +1,4 @@
-"""What is written of a table: results/NAME.md and NAME.csv for readers, and NAME.runs.json, the record of its runs."""
+"""What is written of a table: NAME.md and NAME.csv for readers, and NAME.runs.json, the record of its runs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from args import OPTIONS
 from tools.tables import NO_NUMBERS, OTHER_NUMBERS, Run, Table, config_hash, options_of
 from utils.errors import UserError
 
+TABLES_FOLDER = Path(__file__).resolve().parent.parent / "configs/tables"  # tables that lie elsewhere are a user's own
+RESULTS_FOLDER = Path("results")
 MISSING = "not run yet"
 IMAGES = {"test": "test", "heldout": "held-out"}  # how the report calls the judge
 COLUMNS = {  # column of the CSV file, with the judge in front where it begins with _ -> heading and format in Markdown
@@ -222,6 +224,23 @@ def _commit(run: Run) -> str | None:
 
 
 # ---- the record ----
+
+
+def record_path(table: Table) -> Path:
+    """Where the record of a table is, with its report beside it: of a table of this repository in results/, else next
+    to the table.
+
+    Raises: UserError if a file of a user's own has the name of the report: one that has no record beside it.
+    """
+    own = table.path.resolve().parent == TABLES_FOLDER.resolve()
+    path = (RESULTS_FOLDER if own else table.path.parent) / f"{table.path.stem}.runs.json"
+    for other in (path.with_name(f"{table.path.stem}{ending}") for ending in (".md", ".csv")):
+        if not own and other.exists() and not path.exists():
+            raise UserError(
+                f"{other} is there already, and no {path.name} beside it says that it is a report; the report of "
+                f"{table.path} would replace it, so rename one of the two"
+            )
+    return path
 
 
 class Record:

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import yaml
 
 from args import parse_args
 from tests.tools.stand_in import PROJECT, TABLE, events, report
-from tools import reproduce
+from tools import reproduce, table_report
 from tools.tables import config_hash, options_of, read_table
 
 # ---- what runs when ----
@@ -260,6 +262,41 @@ def test_a_table_to_choose_from_does_not_tell_of_test_images(make, capsys):
     assert "85.00" not in capsys.readouterr().out
 
 
+# ---- where the results go ----
+
+
+def test_results_of_a_users_table_lie_next_to_it_and_those_of_the_project_in_results(make, tmp_path, monkeypatch):
+    assert make("--seeds", "0") == 0
+    assert sorted(path.name for path in Path("results").iterdir()) == ["table.csv", "table.md", "table.runs.json"]
+    monkeypatch.setattr(table_report, "TABLES_FOLDER", tmp_path / "configs/tables")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    Path("table.yaml").rename(folder / "own.yaml")
+    shutil.rmtree("results")
+    for _ in range(2):  # the second time there is a record
+        assert reproduce.main(["mine/own.yaml", "--seeds", "0"], program=[sys.executable, "stand_in.py"]) == 0
+    assert {path.name for path in folder.iterdir()} == {"own.yaml", "own.csv", "own.md", "own.runs.json"}
+    assert not Path("results").exists()
+    assert Path("runs/tables/own").is_dir()
+
+
+@pytest.mark.parametrize("ending", ["md", "csv"])
+def test_a_file_that_is_no_report_is_not_written_over(make, tmp_path, monkeypatch, capsys, ending):
+    monkeypatch.setattr(table_report, "TABLES_FOLDER", tmp_path / "configs/tables")
+    Path(f"table.{ending}").write_text("what I found out")
+    assert make() == 2
+    assert f"table.{ending} is there already" in capsys.readouterr().err
+    assert Path(f"table.{ending}").read_text() == "what I found out"
+    assert events("start") == []
+
+
+def test_the_rule_is_told(capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "into results/ for a table in configs/tables/ of this repository, and next to any other table" in said
+
+
 # ---- the real thing ----
 
 
@@ -270,7 +307,8 @@ def test_a_real_run_is_found_by_its_own_config(tmp_path, monkeypatch, tiny_image
     table = {"title": "One", "base": options, "seeds": [3], "dense": "half", "rows": {"half": {"keep_ratio": 0.5}}}
     Path("one.yaml").write_text(yaml.safe_dump(table))
     assert reproduce.main(["one.yaml"]) == 0
-    with open("results/one.csv", newline="") as file:
+    assert not Path("results").exists()
+    with open("one.csv", newline="") as file:
         row = next(csv.DictReader(file))
     assert row["seeds"] == "3"
     assert 0 < float(row["flops_ratio"]) < 1
