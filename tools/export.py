@@ -7,24 +7,14 @@ The folder is written only if the network in it computes what the run's subnet d
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from args import Config, config_from_dict
 from data import DataSplits
 from tools.command_line import ToolParser, aligned, exit_code_of, headline
 from tools.export_card import card
@@ -51,20 +41,15 @@ from tools.exported import (
     code,
     has_package,
     read_network,
+    replacing,
     weights_bytes,
     weights_file,
 )
-from trainers.build import make_network, restore_model
-from trainers.session import load_data
-from utils.channels.network import SparseNetwork
+from tools.run_result import CPU, Result, batches_for, find_images
 from utils.channels.plain import PlainNetwork, plain_network
-from utils.channels.subnet import Subnet
 from utils.errors import UserError
-from utils.run import checkpoint
 from utils.run.folder import environment_facts, write_json
 
-CPU = torch.device("cpu")
-RANDOM_IMAGES = 64
 BATCHES = (1, 128)  # sizes that are timed
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 PREPARATION = (
@@ -81,7 +66,7 @@ def read_command_line(argv: Sequence[str]) -> Namespace:
         "this project.",
     )
     parser.add_argument("run", metavar="RUN", help="a run folder, or a best.pt")
-    parser.add_argument("--to", metavar="DIR", help="folder to write (default: RUN/export); an older export is replaced")
+    parser.add_argument("--to", metavar="DIR", help="folder to write, default RUN/export; an older export is replaced")
     parser.add_argument("--onnx", action="store_true", help="also write model.onnx, for any number of images")
     parser.add_argument(
         "--pt2", action="store_true", help="also write model.pt2, the program of torch.export, for any number of images"
@@ -95,181 +80,7 @@ def read_command_line(argv: Sequence[str]) -> Namespace:
     return parser.parse_args(argv)
 
 
-# ---- the result of a run ----
-
-
-def find_result(path: Path) -> tuple[Path, Path]:
-    """The run folder and the best.pt that a path means.
-
-    Raises: UserError if there is no such file.
-    """
-    if path.is_file():
-        inside = path.absolute().parent
-        return inside.parent if inside.name == "checkpoints" else inside, path
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a run folder or a best.pt")
-    file = path / "checkpoints" / "best.pt"
-    if not file.is_file() and (path / "checkpoints").is_dir():
-        raise UserError(
-            f"the run in {path} has no checkpoints/best.pt yet: it is written once a subnet has been chosen; finish the "
-            f"run with `python main.py --resume {path}`"
-        )
-    if not file.is_file():
-        raise UserError(f"{path} is no run folder: it has no checkpoints/best.pt; give the folder that a run has printed")
-    return path, file
-
-
-@dataclass(frozen=True)
-class Result:
-    """The subnet that a run ended with.
-
-    Attributes:
-        folder: of the run.
-        state: the content of best.pt.
-        config: of the run, for weights in float32 that come from nowhere else.
-        network: on the CPU, with the weights of best.pt.
-        precision: that the run computed in.
-    """
-
-    folder: Path
-    file: Path
-    state: dict[str, Any]
-    config: Config
-    network: SparseNetwork
-    subnet: Subnet
-    precision: str
-
-    @classmethod
-    def read(cls, path: Path) -> Result:
-        folder, file = find_result(path)
-        state = checkpoint.load(file)
-        if "weight_optimizer" in state or "config" not in state or state.get("subnet") is None:
-            raise UserError(f"{file} is not the result of a run; give its checkpoints/best.pt, or the run folder")
-        if "images" not in state:
-            raise UserError(
-                f"{file} does not say which images its network reads, because an older version of this project wrote "
-                "it; make the run again with this version"
-            )
-        stored = config_from_dict(state["config"], str(file))
-        if stored.method == "released":
-            raise UserError(
-                "a network of --method released cannot be exported: the shifts of its dropped channels take part in "
-                "its results, so that no channel can leave it; train with --method vrpge for a small network"
-            )
-        config = replace(
-            stored,
-            model=replace(stored.model, pretrained=None),  # the weights come from the checkpoint
-            train=replace(stored.train, precision="fp32"),
-        )
-        network = make_network(config, _shapes(state["images"]), CPU)
-        restore_model(network, state)
-        subnet = Subnet.from_state_dict(state["subnet"], CPU)
-        return cls(folder, file, state, config, network, subnet, stored.train.precision)
-
-    @property
-    def images(self) -> dict[str, Any]:
-        """See `DataSplits.facts`."""
-        return self.state["images"]
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.images["channels"], self.images["image_size"], self.images["image_size"]
-
-    @cached_property
-    def full(self) -> SparseNetwork:
-        """The full network with its first weights, in masked execution: a run may have lost the full weights."""
-        config = replace(self.config, sparsity=replace(self.config.sparsity, execution="masked"))
-        network = make_network(config, _shapes(self.images), CPU)
-        network.model.to(memory_format=torch.contiguous_format).eval()
-        return network
-
-    def dense(self) -> PlainNetwork:
-        """The same network with all its channels, as an ordinary one."""
-        norms = self.full.batch_norms()
-        statistics = {name: (norm.running_mean, norm.running_var) for name, norm in norms.items()}
-        return plain_network(self.full, Subnet(np.ones(self.full.num_units, dtype=bool), statistics))
-
-    def masked(self) -> Network:
-        """The full network, which computes everything and multiplies by masks."""
-        return partial(self.full, plan=self.full.plan(self.subnet.mask_U), update_statistics=False)
-
-
-def _shapes(images: dict[str, Any]) -> SimpleNamespace:
-    return SimpleNamespace(
-        num_classes=len(images["class_names"]), channels=images["channels"], image_size=images["image_size"]
-    )
-
-
-# ---- images to check on ----
-
-
-def find_images(result: Result, path: str | None) -> tuple[DataSplits | None, str]:
-    """The images of the run, or none of them and a sentence on why.
-
-    Raises: UserError if the user has named a folder that does not hold them.
-    """
-    config = result.config
-    if path is not None:
-        config = replace(config, data=replace(config.data, data=path))
-    try:
-        data = load_data(config, CPU)
-        if data.fingerprint == result.state["fingerprint"]:
-            return data, ""
-        reason = f"the images under {config.data.data} are not those of the run"
-    except UserError as error:
-        reason = f"the images of the run cannot be read ({error})"
-    if path is not None:
-        raise UserError(f"{reason}; leave --data out to check on random images")
-    return None, f"{reason}; --data PATH names their folder"
-
-
-def batches_for(result: Result, data: DataSplits | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """All test images with their labels, or random images without."""
-    if data is not None:
-        return data.test.batches(result.config.train.batch_size)
-    images = torch.randn((RANDOM_IMAGES, *result.image_shape), generator=torch.Generator().manual_seed(0))
-    return iter([(images, None)])
-
-
-# ---- the folder ----
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` at the end; after an error nothing has changed.
-
-    Raises: UserError if there is something in the place that is not an export, or it cannot be written.
-    """
-    if folder.exists() and not (folder / FACTS).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an exported network; give another folder with --to")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        temporary.chmod(0o777 & ~_umask())
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; give another folder with --to") from error
-    try:
-        yield temporary
-        old = temporary.with_name(temporary.name + ".old")
-        if folder.exists():
-            folder.rename(old)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; give another folder with --to") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+# ---- files, and what is wrong with them ----
 
 
 def check_packages(settings: Namespace) -> None:
@@ -316,15 +127,23 @@ def checked(
 
 
 def check_accuracy(result: Result, comparison: Comparison, data: DataSplits | None) -> None:
-    """Raises UserError if the test accuracy is not that of best.pt: to two images, or one point for a bf16 run."""
+    """Raises UserError if the test accuracy is not that of the subnet, and that not the one that best.pt has stored.
+
+    Two images may fall on the other side of a tie, and one point in a run that computed in bf16.
+    """
     if data is None:
         return
-    recorded, got = result.state["test"]["top1"], 100 * comparison.hits[1] / comparison.images
-    allowed = 1.0 if result.precision == "bf16" else 200 / comparison.images + 1e-9
-    if abs(recorded - got) > allowed:
+    subnet, exported = (100 * hits / comparison.images for hits in comparison.hits)
+    stored, ties = result.state["test"]["top1"], 200 / comparison.images + 1e-9
+    if abs(exported - subnet) > ties:
         raise UserError(
-            f"the exported network has {got:.2f} % test accuracy, and {result.file} says {recorded:.2f} %; nothing was "
-            "exported. Please report this with the run's config.yaml"
+            f"the exported network has {exported:.2f} % test accuracy, and the run's subnet {subnet:.2f} %; nothing "
+            "was exported. Please report this with the run's config.yaml"
+        )
+    if abs(subnet - stored) > (1.0 if result.precision == "bf16" else ties):
+        raise UserError(
+            f"the run's subnet has {subnet:.2f} % test accuracy now and had {stored:.2f} % when {result.file} was "
+            "written, so the images have changed; point --data at the same files, or at none to check on random images"
         )
 
 
@@ -400,6 +219,7 @@ def facts_of(
     return {
         "format": FORMAT,
         "arch": config.model.arch,
+        "width_mult": config.model.width_mult,
         "set": config.data.set,
         "images": result.images,
         "preparation": PREPARATION,
@@ -421,6 +241,7 @@ def facts_of(
             "epochs": config.total_epochs,
             "seed": config.run.seed,
             "precision": result.precision,
+            "subnet_chosen_by": "training" if config.finetune.sample_from_training_set else "held-out",
             "fingerprint": state["fingerprint"],
         },
         "checked_on": "test images" if data is not None else "random images",

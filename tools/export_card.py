@@ -32,9 +32,9 @@ def card(facts: Mapping[str, Any], weights: str) -> str:
     test, heldout = result["test"], result["heldout"]
     tested = _count(result["test_images"], "test images")
     judged = _count(result["heldout_images"], "held-out training images")
-    chosen = f"{heldout['top1']:.2f} % of {judged}, which chose it" if heldout else "no held-out images chose it"
-    channels = {1: "grey", 3: "RGB"}.get(images["channels"], f"{images['channels']} channels")
+    chosen = f"{heldout['top1']:.2f} % of {judged}" if heldout else "there were no held-out images"
     size = images["image_size"]
+    arch = facts["arch"] + (f" (widths times {facts['width_mult']:g})" if facts["width_mult"] != 1 else "")
     title = f"{facts['arch']} for {facts['set']}"
     ratio = costs["exported"]["multiply_adds"] / costs["dense"]["multiply_adds"]
     versions = facts["versions"]
@@ -63,22 +63,24 @@ model-index:
 # {title}
 
 An ordinary PyTorch network of the channels that a training run kept: {100 * ratio:.1f} % of the multiply-adds of the
-full {facts["arch"]}.
+full {arch}.
 
 ## What it does
 
-It tells {len(classes)} classes apart: {shown}. It reads {channels} images of {size}x{size} pixels.
-{facts["preparation"]} The values are in `model.json`.
+It tells {len(classes)} classes apart: {shown}.
+
+{_preparation(images)}
 
 ## Results
 
 - Test accuracy: {test["top1"]:.2f} % top-1, {test["top5"]:.2f} % top-5, on {tested}, which chose nothing.
-- Held-out accuracy: {chosen}.
+- Held-out accuracy: {chosen}. {_choice(facts)}
 
 ## Training
 
 - Data: {facts["set"]} (fingerprint {recipe["fingerprint"]}).
-- Method: `{recipe["method"]}`, keep ratio {recipe["keep_ratio"]:g} of the {recipe["budget"]}. {CHOICE[recipe["method"]]}
+- Method: `{recipe["method"]}`, keep ratio {recipe["keep_ratio"]:g} of the {recipe["budget"]}.
+  {CHOICE[recipe["method"]]}
 - Length: {recipe["epochs"]} epochs in all; the weights are those after epoch {result["epoch"]} ({result["phase"]}).
 - Seed {recipe["seed"]}, precision {recipe["precision"]}. One run: nothing is known about the spread between seeds.
 
@@ -87,8 +89,8 @@ It tells {len(classes)} classes apart: {shown}. It reads {channels} images of {s
 {_costs(costs)}
 
 Multiply-adds are those of one image. Latencies are medians in milliseconds, with quartiles, of float32 on
-{versions["cpu"]} ({versions["cpu_capability"]}), {versions["num_threads"]} threads, torch {versions["torch"]}. *masked* is
-the full network, multiplied by masks.
+{versions["cpu"]} ({versions["cpu_capability"]}), {versions["num_threads"]} threads, torch {versions["torch"]}.
+*masked* is the full network, multiplied by masks.
 
 ## How to load it
 
@@ -106,6 +108,28 @@ probabilities = network(images).softmax(1)  # images: (B, {images["channels"]}, 
 It was trained for the images described above. How it does on others was not measured. Nobody has examined it for
 bias, robustness or safety. This card does not grant a licence; the licence of the images may restrict the use.
 """
+
+
+def _preparation(images: Mapping[str, Any]) -> str:
+    kind = "grey" if images["channels"] == 1 else "RGB"
+    size, padding = images["image_size"], images["padding"]
+    inner = size - 2 * padding
+    border = f" {padding} zeros are put on every side." if padding else ""
+    mean, std = (", ".join(f"{value:.4g}" for value in images[key]) for key in ("mean", "std"))
+    return (
+        f"An image is read as {kind}. Its shorter side is resized to {images['resized_to']} pixels (bilinear, "
+        f"antialiased), and its centre of {inner}x{inner} pixels is cut out.{border} A pixel then becomes "
+        f"(value / 255 - mean) / std, with mean {mean} and std {std}."
+    )
+
+
+def _choice(facts: Mapping[str, Any]) -> str:
+    if not facts["result"]["heldout"]:
+        return "The weights are those of the last epoch."
+    subnet = facts["recipe"]["subnet_chosen_by"]
+    if subnet == "held-out":
+        return "They chose the subnet and the epoch."
+    return "They chose the epoch; training images chose the subnet."
 
 
 def _count(number: int | None, what: str) -> str:

@@ -58,7 +58,8 @@ class Comparison:
         if not self.difference <= self.allowed:
             raise UserError(
                 f"{what} does not compute what the run's subnet does: logits differ by up to {self.difference:.2g}, "
-                f"and {self.allowed:.2g} is allowed; nothing was exported. Please report this with the run's config.yaml"
+                f"and {self.allowed:.2g} is allowed; nothing was exported. Please report this with the run's "
+                "config.yaml"
             )
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import runpy
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -130,3 +134,41 @@ def read_network(folder: Path) -> nn.Module:
     except Exception as error:  # anybody may have edited the file, and damaged weights have many errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"the network in {folder} cannot be read ({reason}); export the run again") from error
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` at the end; after an error nothing has changed.
+
+    Raises: UserError if there is something in the place that is not an export, or it cannot be written.
+    """
+    if folder.exists() and not (folder / FACTS).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an exported network; give another folder with --to")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary.chmod(0o777 & ~_umask())
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; give another folder with --to") from error
+    try:
+        yield temporary
+        old = temporary.with_name(temporary.name + ".old")
+        if folder.exists():
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; give another folder with --to") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -6,7 +6,6 @@ The text is all that `plain_network` makes. It is executed to get the network, a
 from __future__ import annotations
 
 import inspect
-import keyword
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,9 +74,7 @@ def constructor(module: nn.Module) -> str:
     required = [
         name for name, p in inspect.signature(plain_class(module)).parameters.items() if p.default is inspect._empty
     ]
-    words = [
-        repr(value) if name in required else f"{name}={value!r}" for name, value in arguments_of(module).items()
-    ]
+    words = [repr(value) if name in required else f"{name}={value!r}" for name, value in arguments_of(module).items()]
     return f"nn.{plain_class(module).__name__}({', '.join(words)})"
 
 
@@ -120,7 +117,7 @@ def identifier(name: str, taken: Collection[str]) -> str:
     name = name.replace(".", "_")
     if not name.isidentifier():
         name = f"layer_{name}"
-    while keyword.iskeyword(name) or hasattr(nn.Module, name) or name in ("x", "self", "torch", "F", "nn", INPUT):
+    while hasattr(nn.Module, name) or name in ("x", "self", "torch", "F", "nn", INPUT):
         name += "_"
     stem, number = name, 2
     while name in taken:
