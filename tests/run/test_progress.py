@@ -117,10 +117,10 @@ def test_a_terminal_gets_one_bar_for_the_whole_run(now: list[float], monkeypatch
                 shown.update(32, {"loss": 1.5})
             announce("saved", stream)
     states = [state for state in re.split(r"[\r\n]+", stream.getvalue()) if "left" in state]
-    assert re.fullmatch(r"search epoch 1/2  17%\|\S* *\|, 0:03 left, loss 1\.500, 32 images/s", states[0])
+    assert re.fullmatch(r"search epoch 1/2  17%\|\S* *\| 0:03 left, loss 1\.500, 32 images/s", states[0])
     assert any(state.startswith("search epoch 1/2  33%") for state in states)
     assert any(state.startswith("finetune epoch 2/2  50%") for state in states)
-    assert re.fullmatch(r"finetune epoch 2/2 100%\|\S+\|, 0:00 left, loss 1\.500, 32 images/s", states[-1])
+    assert re.fullmatch(r"finetune epoch 2/2 100%\|\S+\| 0:00 left, loss 1\.500, 32 images/s", states[-1])
     assert stream.getvalue().count("\n") == 3, "two lines, and the end of a single bar"
     assert re.search(r"\r" + DATE + r"saved\n", stream.getvalue()), "the line must start where the bar was wiped away"
 

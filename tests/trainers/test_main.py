@@ -48,7 +48,8 @@ def test_whole_recipe_writes_what_it_promises_and_evaluates_to_the_same_number(p
     assert [row["phase"] for row in rows] == ["search"] * 3 + ["finetune"] * 2
     assert said.partition("\n\n")[2].splitlines() == result_lines(summary, Config())
     assert "warning            16 held-out images are few" in said
-    assert "5/5 step" in said
+    assert "search epoch 3/5 step 4/4" in said
+    assert "finetune epoch 5/5 step 5/5" in said
 
     assert program("--evaluate", "--resume", str(folder)) == 0
     evaluated = capsys.readouterr().out

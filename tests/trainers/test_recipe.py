@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +13,16 @@ from torch import Tensor
 
 import trainers.default
 import trainers.methods.gumbel
-from args import parse_args
+import trainers.recipe
+from args import config_from_dict, parse_args
 from data import build_data
 from models import build_model, maskable_convs
 from tests.tiny import BATCH, FINETUNE_BATCH, FINETUNE_STEPS, STEPS, Run, Step, make_images, run, scores_of
+from trainers.methods import make_method
 from trainers.methods.uniform import layers_by_stream, uniform_mask
 from utils.channels.network import SparseNetwork
 from utils.conv_type import sparsify
+from utils.run.progress import Stage
 
 SEARCH, FINETUNE = 3, 2  # epochs
 CASES = {  # name -> what differs from the tiny configuration
@@ -315,3 +319,24 @@ def test_a_thin_network_has_no_room_for_one_more_channel_where_it_was_rounded_do
     for i, (count, width) in enumerate(zip(kept, widths, strict=True)):
         if count == base[i] < width:
             assert not fits([*kept[:i], count + 1, *kept[i + 1 :]])
+
+
+# ---- progress ----
+
+
+@pytest.mark.parametrize(
+    ("options", "stages"),
+    [
+        ({}, [Stage("search", 3, 10, 100), Stage("finetune", 2, 20, 50)]),
+        ({"method": "l1"}, [Stage("search", 3, 10, 100), Stage("finetune", 2, 20, 50)]),
+        ({"method": "dense"}, [Stage("dense", 5, 10, 100)]),
+        ({"method": "thin"}, [Stage("train", 5, 10, 100)]),
+        ({"finetune": False}, [Stage("search", 3, 10, 100)]),
+    ],
+)
+def test_the_stages_of_a_run_are_all_of_its_steps(options, stages):
+    sizes = {"epochs": 3, "batch_size": 100, "finetune_epochs": 2, "finetune_batch_size": 50}
+    config = config_from_dict({**sizes, **options}, "here")
+    images = SimpleNamespace(num_train_batches=lambda size: 1000 // size)
+    recipe = SimpleNamespace(config=config, method=make_method(config), data=SimpleNamespace(train=images))
+    assert trainers.recipe.Recipe.stages(recipe) == stages

@@ -12,7 +12,7 @@ from tqdm import tqdm
 # A bar may show new values this often; each time the caller has to wait for the device.
 BAR_SECONDS = 0.5
 NARROWEST_BAR = 6  # characters; a narrow terminal shows fewer values instead
-BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}|{postfix}"
+BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {unit}"  # the unit holds the values: a postfix would bring a comma
 
 
 class Stage(NamedTuple):
@@ -63,7 +63,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         if self._stream.isatty():
             total = sum(stage.epochs * stage.steps for stage in self._stages)
-            self._bar = tqdm(total=total, file=self._stream, dynamic_ncols=True, bar_format=BAR_FORMAT)
+            self._bar = tqdm(total=total, file=self._stream, dynamic_ncols=True, unit="", bar_format=BAR_FORMAT)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -138,11 +138,12 @@ class Progress:
             announce(" ".join(words), self._stream)
             return
         words = [left, *shown, rate]
-        # beside the description: the percentage and the frame of the bar, and a comma before the first word
-        room = shutil.get_terminal_size().columns - len(self._description) - len(" 100%||, ") - NARROWEST_BAR
+        # beside the description: the percentage and the frame of the bar
+        room = shutil.get_terminal_size().columns - len(self._description) - len(" 100%|| ") - NARROWEST_BAR
         while len(words) > 1 and len(", ".join(words)) > room:
             words.pop()
-        self._bar.set_postfix_str(", ".join(words))
+        self._bar.unit = ", ".join(words)
+        self._bar.refresh()
 
     def _seconds_left(self, epoch_seconds: float) -> float:
         """Of the whole run, from a step on that is `epoch_seconds` after the start of its epoch, or of its rest."""
