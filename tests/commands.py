@@ -7,6 +7,7 @@ their place before a command is parsed.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import importlib
 import inspect
@@ -157,8 +158,15 @@ def read_words(name: str, words: Sequence[str]) -> int | None:
 def programs() -> list[str]:
     """All modules that are started by `python -m`."""
     files = [file for folder in FOLDERS for file in (PROJECT / folder).rglob("*.py")]
-    started = [file for file in files if '\nif __name__ == "__main__":' in file.read_text(encoding="utf-8")]
+    started = [file for file in files if is_program(file)]
     return [".".join(file.relative_to(PROJECT).with_suffix("").parts) for file in started]
+
+
+def is_program(file: Path) -> bool:
+    """Whether a file asks for its `__name__` outside functions; a text that it holds may do so as well."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tests = [ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)]
+    return "__name__ == '__main__'" in tests
 
 
 @cache

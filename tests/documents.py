@@ -6,6 +6,7 @@ import ast
 import builtins
 import contextlib
 import importlib
+import importlib.util
 import re
 import shlex
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from tests.commands import (
 from utils.options import Given, convert
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+WRITTEN_BY_EXPORT = ("model.load",)  # model.py in the folder of an export
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 
 
@@ -71,8 +73,7 @@ def problems(page: Page, place: Path) -> list[str]:
     found = []
     for command in page.commands():
         found += [f"{shlex.join(command)}: {reason}" for reason in command_problems(command, place)]
-    for code in page.blocks("python"):
-        found += snippet_problems(code)
+    found += snippet_problems(page.blocks("python"))
     for span in page.spans():
         found += [f"`{span}`: {reason}" for reason in span_problems(span)]
     found += [f"{name} is not in {path}" for name, path in named_places(page) if name not in names_in(PROJECT / path)]
@@ -150,42 +151,61 @@ def named_places(page: Page) -> list[tuple[str, str]]:
 
 def names_in(file: Path) -> set[str]:
     """What a Python file defines, also inside classes."""
-    kinds = (ast.FunctionDef, ast.ClassDef)
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return assigned | {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
+    return names_in_tree(ast.parse(file.read_text(encoding="utf-8")))
 
 
-def snippet_problems(code: str) -> list[str]:
-    """What keeps a snippet from compiling, and names in it that come from nowhere.
-
-    A name may be built in, assigned or imported in the snippet, a module such as torch, or defined in a file that a
-    comment of the snippet names, such as `# utils/conv_type.py`.
-    """
-    try:
-        tree = ast.parse(code)
-    except SyntaxError as error:
-        return [f"python snippet: {error}"]
-    known, found = {*dir(builtins), "torch", "torchvision", "nn"}, []
-    for path in re.findall(r"#\s*([\w./]+\.py)\b", code):
-        if (PROJECT / path).is_file():
-            known |= names_in(PROJECT / path)
-        else:
-            found.append(f"python snippet: there is no {path}")
-    used = set()
+def names_in_tree(tree: ast.AST) -> set[str]:
+    """All names that are assigned, imported, defined or parameters."""
+    found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            prefix = [f"{node.module}."] if isinstance(node, ast.ImportFrom) else [""]
-            found += [f"python snippet: cannot import {prefix[0]}{each.name}" for each in node.names
-                      if not resolves(f"{prefix[0]}{each.name}")]  # fmt: skip
-            known |= {(each.asname or each.name).partition(".")[0] for each in node.names}
-        elif isinstance(node, ast.Name):
-            (known if isinstance(node.ctx, ast.Store) else used).add(node.id)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            known.add(node.name)
+            found.add(node.name)
         elif isinstance(node, ast.arg):
-            known.add(node.arg)
-    return found + [f"python snippet: {name} comes from nowhere" for name in sorted(used - known)]
+            found.add(node.arg)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).partition(".")[0])
+    return found
+
+
+def snippet_problems(snippets: Sequence[str]) -> list[str]:
+    """What keeps the snippets of a page from compiling, and names in them that come from nowhere.
+
+    A name may be built in, assigned or imported in this snippet or an earlier one, a module such as torch, or defined
+    in a file that a comment of the snippet names, such as `# utils/conv_type.py`.
+    """
+    known, found = {*dir(builtins), "torch", "torchvision", "nn"}, []
+    for code in snippets:
+        try:
+            tree = ast.parse(code)
+        except SyntaxError as error:
+            found.append(f"python snippet: {error}")
+            continue
+        for path in re.findall(r"#\s*([\w./]+\.py)\b", code):
+            if (PROJECT / path).is_file():
+                known |= names_in(PROJECT / path)
+            else:
+                found.append(f"python snippet: there is no {path}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                names = [f"{prefix}{each.name}" for each in node.names]
+                found += [f"python snippet: cannot import {name}" for name in names if not importable(name)]
+        known |= names_in_tree(tree)
+        loaded = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
+        unknown = sorted({node.id for node in loaded} - known)
+        found += [f"python snippet: {name} comes from nowhere" for name in unknown]
+    return found
+
+
+def importable(name: str) -> bool:
+    """Whether a snippet can import a name: from this repository, from what an export writes, or from a package that is
+    installed or at least listed in a file of requirements."""
+    first = name.partition(".")[0]
+    if name in WRITTEN_BY_EXPORT or first in PACKAGES or importlib.util.find_spec(first):
+        return name in WRITTEN_BY_EXPORT or resolves(name)
+    return any(re.search(rf"^{first}\b", file.read_text(), re.MULTILINE) for file in PROJECT.glob("requirements*.txt"))
 
 
 # ---- links ----

@@ -53,6 +53,8 @@ def test_nothing_on_a_page_is_wrong(path, tmp_path, monkeypatch):
         ("# Start\n\nSee [there](#begin).", "there is no such heading"),
         ("```python\nfrom utils.conv_type import sparsely\n```", "cannot import utils.conv_type.sparsely"),
         ("```python\nmodel = sparsely(None)  # utils/conv_type.py\n```", "sparsely comes from nowhere"),
+        ("```python\nimport torchvisions\n```", "cannot import torchvisions"),
+        ("```python\nx = 1\n```\n\n```python\nx = x + y\n```", "y comes from nowhere"),
         ("```python\nmodel = f(  # utils/conv_type.py\n```", "python snippet"),
         ("```console\nls\n```", "nothing checks blocks of console"),
     ],
