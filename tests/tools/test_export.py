@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from tests.tiny import Run, make_images, run
 from tools import export, export_checks, exported
 from tools.exported import read_facts, read_network, replacing
+from tools.predict import prepared, read_image
 from tools.run_result import Result
 from utils.errors import UserError
 from utils.run import checkpoint
@@ -132,26 +134,66 @@ def test_the_card_tells_the_facts_in_a_header_that_yaml_reads(trained, tmp_path,
         assert words in text
 
 
-def test_optional_files_compute_the_same_for_any_number_of_images(trained, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def complete(trained: Run) -> Path:
+    """An export with all files."""
     for package in export.ONNX_PACKAGES:
         pytest.importorskip(package)
-    folder = tmp_path / "home"
-    assert export.main([str(trained.folder), "--to", str(folder), "--onnx", "--pt2", "--fold-bn"]) == 0
-    facts = read_facts(folder)
+    folder = trained.folder / "export"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_checks, "MOST_ROUNDS", 1)
+        assert export.main([str(trained.folder), "--onnx", "--pt2"]) == 0
+    return folder
+
+
+def test_optional_files_compute_the_same_for_any_number_of_images(trained, complete):
+    facts = read_facts(complete)
     assert facts["checks"].keys() == {exported.weights_file(), "model.onnx", "model.pt2"}
-    assert facts["batch_norm_folded"]
-    assert "BatchNorm2d" not in (folder / "model.py").read_text()
+    assert (
+        facts["checks"]["model.onnx"]["images"] == facts["checks"]["model.pt2"]["images"] == 18 + 1
+    )  # a batch and one
+    assert facts["costs"].keys() == {"dense", "masked", "exported", "exported, onnxruntime"}
     networks = [
-        read_network(folder),
-        export_checks.onnx_network(folder / "model.onnx"),
-        export_checks.read_program(folder / "model.pt2"),
+        read_network(complete),
+        export_checks.onnx_network(complete / "model.onnx"),
+        export_checks.read_program(complete / "model.pt2"),
     ]
     for count in (1, 3):
         batch = torch.randn(count, 3, 8, 8)
         for network in networks:
             expected = logits_of_subnet(trained.folder, batch)
             torch.testing.assert_close(network(batch).detach(), expected, rtol=1e-4, atol=1e-4)
-    assert "exported, onnxruntime" in capsys.readouterr().out
+
+
+def test_the_examples_of_the_page(trained, images, complete, tmp_path, monkeypatch, capsys):
+    """They run in order, on the folder that they name, and prepare an image as the network was evaluated."""
+    place = tmp_path / "runs/quickstart/vgg16/prune_rate=0.5/export"
+    place.parent.mkdir(parents=True)
+    place.symlink_to(complete)
+    noise = np.random.default_rng(0).integers(0, 256, (11, 14, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    names: dict = {}
+    for block in page.split("```python\n")[1:]:
+        exec(block.split("```")[0], names)
+    sys.modules.pop("model")
+    image = prepared(read_image(Path("image.png")), read_facts(complete)["images"])
+    torch.testing.assert_close(names["prepare"]("image.png"), image, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        expected = read_network(complete)(image)
+    torch.testing.assert_close(names["logits"].detach(), expected, rtol=1e-4, atol=1e-4)
+    (logits,) = names["session"].run(None, {"images": image.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+    assert capsys.readouterr().out == f"class{int(expected.argmax())}\n"
+
+
+def test_folded_batch_norms(trained, tmp_path, capsys):
+    assert export.main([str(trained.folder), "--to", str(tmp_path / "home"), "--fold-bn"]) == 0
+    assert read_facts(tmp_path / "home")["batch_norm_folded"]
+    assert "BatchNorm2d" not in (tmp_path / "home" / "model.py").read_text()
 
 
 def test_without_safetensors_the_weights_are_a_state_dict(trained, tmp_path, capsys, monkeypatch):
