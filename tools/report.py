@@ -111,26 +111,26 @@ def run_pictures(
         made.append(Picture(f"{prefix}{stem}", draw.png(figure), alt, caption))
 
     if run.history:
-        marked = " The circle marks the epoch that is reported." if run.finished else ""
-        add("accuracy", draw.curves(run, "top1"), f"Accuracy of {run.name} over {run.epochs} epochs", marked.strip())
+        add("accuracy", draw.curves(run, "top1"), f"Accuracy of {run.name} over {run.epochs} epochs")
         add("loss", draw.curves(run, "loss"), f"Loss of {run.name} over {run.epochs} epochs")
     if run.layers:
-        so_far = "" if run.finished else " The run is not finished, so this is the best subnet so far."
-        add("layers", draw.layer_bars(run), f"Kept channels of {len(run.layers)} layers of {run.name}", so_far.strip())
+        so_far = "" if run.finished else "The run is not finished, so this is the best subnet so far."
+        add("layers", draw.layer_bars(run), f"Kept channels of {len(run.layers)} layers of {run.name}", so_far)
     if run.scores is not None:
         about = "The colour is the share of a layer's channels that a subnet drawn at that time keeps on average."
         add("layers_over_time", draw.layers_over_time(run), f"Kept share of each layer of {run.name} over time", about)
-        about = (
-            "A row is a layer, stretched to the same length. Its channels are in the order of their scores at the end, "
-            "the same in all panels. A score is the probability that the channel is kept."
-        )
-        add("score_map", draw.score_maps(run), f"Scores of {run.name} at several times, and the chosen subnet", about)
     if (costs := run.costs(dense)) and not run.is_dense:
         told = ", ".join(f"{name} {percent(ratio)}" for name, ratio in costs.items())
         add("cost", draw.cost_bars(costs), f"Cost of {run.name} against dense: {told}")
     if run.seconds:
         told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run.parts.items())
         add("seconds", draw.seconds_bar(run.parts), f"Where the seconds of {run.name} went: {told}")
+    if run.scores is not None:
+        about = (
+            "A row is a layer, stretched to the same length. Its channels are in the order of their scores at the end, "
+            "the same in all panels. A score is the probability that the channel is kept."
+        )
+        add("score_map", draw.score_maps(run), f"Scores of {run.name} at several times, and the chosen subnet", about)
     if isinstance(times, StepTimes):
         add("step", draw.step_bars(times), f"Parts of one training step of {run.name}, of a dense and a thin network")
     return made

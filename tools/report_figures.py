@@ -83,7 +83,10 @@ def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:
 
 
 def curves(run: RunFacts, quantity: str) -> Figure:
-    """Accuracy ("top1") or loss ("loss") over the epochs, with the phases shaded and the reported epoch marked."""
+    """Accuracy ("top1") or loss ("loss") over the epochs, with the phases shaded and the result marked.
+
+    A result from the end of the search lies beside the curve, because it is of the subnet that was chosen afterwards.
+    """
     accuracy = quantity == "top1"
     figure, axes = _axes("Accuracy" if accuracy else "Loss")
     for prefix, (label, colour, dashes) in CURVES.items():
@@ -91,11 +94,10 @@ def curves(run: RunFacts, quantity: str) -> Figure:
         if values:
             axes.plot(epochs, values, dashes, color=colour, label=label, marker="o", markersize=3)
     _shade_phases(axes, run)
-    name = "test_top1" if accuracy else "test_loss"
-    tested = dict(zip(*run.column(name), strict=True))
-    if run.finished and run.result_epoch in tested:
+    result = run.summary.get(f"test_{quantity}")
+    if run.finished and result is not None:
         mark = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": ORANGE, "markeredgewidth": 1.8}
-        axes.plot([run.result_epoch], [tested[run.result_epoch]], "o", label="reported epoch", linestyle="none", **mark)
+        axes.plot([run.result_epoch], [result], "o", label="result, on test images", linestyle="none", **mark)
     axes.set_xlabel("epoch")
     axes.set_ylabel("top-1 accuracy, %" if accuracy else "cross-entropy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -170,7 +172,7 @@ def score_maps(run: RunFacts) -> Figure:
     if scores.chosen is not None:
         panels["chosen subnet"] = scores.chosen.astype(np.float32)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.9 + 2 * max(1.5, 0.095 * len(scores.layers))), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.9 + 2 * min(4.0, max(1.5, 0.06 * len(scores.layers)))), layout="constrained")
         grid = figure.subplots(2, 2, squeeze=True)
         figure.suptitle("Scores of all channels", fontsize=11, fontweight="bold", x=0.01, ha="left")
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="#585858")  # exactly 0: this channel is never drawn

@@ -92,7 +92,7 @@ def duration(seconds: float | None) -> str:
     """Seconds in the units that a reader thinks in."""
     if seconds is None:
         return "unknown"
-    if seconds < 100:
+    if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return (
@@ -278,9 +278,10 @@ def page(title: str, body: Sequence[Html]) -> str:
     footer = element(
         "footer",
         "FLOPs are multiply-adds of convolutions and linear layers as they are executed. Training FLOPs include "
-        "choosing the subnet and held-out images. Epochs of training include waiting for images. Intervals are those "
-        "of Wilson for a binomial share; they tell how far chance in the choice of the test images can move the "
-        "accuracy, not how far another seed would.",
+        "choosing the subnet and held-out images. Seconds are those of a clock, so whatever else ran on the machine "
+        "counts, and epochs of training include waiting for images. Intervals are those of Wilson for a binomial "
+        "share. They tell how far chance in the choice of the test images can move the accuracy, not how far another "
+        "seed would.",
     )
     return (
         f"<!DOCTYPE html>\n{element('html', head, element('body', element('h1', title), *body, footer), lang='en')}\n"

@@ -205,8 +205,11 @@ class RunFacts:
             told = {"training steps and waiting for images": training}
         if len(evaluation) < len(self.history) or not self.history:
             return told | ({"evaluation and choosing": other} if self.finished else {})
-        told["evaluation"] = sum(evaluation)
-        return told | ({"choosing the subnet": max(0.0, other - sum(evaluation))} if self.finished else {})
+        if not self.finished:
+            return told | {"evaluation": sum(evaluation)}
+        if all(stretch.phase != "search" for stretch in self.stretches):  # there is nothing to choose
+            return told | {"evaluation": other}
+        return told | {"evaluation": sum(evaluation), "choosing the subnet": max(0.0, other - sum(evaluation))}
 
     # ---- against other runs ----
 

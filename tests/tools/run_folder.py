@@ -17,7 +17,7 @@ OPTIONS = {
     **{"epochs": 3, "finetune_epochs": 1, "seed": 7},
 }
 SUMMARY = {
-    **{"test_top1": 43.0, "heldout_top1": 42.0, "test_images": 400, "heldout_images": 300},
+    **{"test_top1": 43.0, "test_loss": 1.77, "heldout_top1": 42.0, "test_images": 400, "heldout_images": 300},
     **{"flops_ratio": 0.234, "params_kept": 0.345, "units_kept": 0.456, "train_flops_ratio": 0.567},
     **{"train_seconds": 100.0, "seconds": 140.0, "epochs": 4, "best_epoch": 4, "data_fingerprint": "abc"},
 }

@@ -42,14 +42,17 @@ def test_a_picture_is_a_png_of_its_size(tmp_path, monkeypatch):
     assert Image.open(io.BytesIO(figures.png(figure))).size == (112, 70)
 
 
-@pytest.mark.parametrize(("quantity", "first", "slope", "offset"), [("top1", 1, 10, 1), ("loss", 2.1, -0.1, 0.1)])
-def test_curves_are_the_columns_of_the_file(quantity, first, slope, offset, tmp_path):
+@pytest.mark.parametrize(
+    ("quantity", "first", "slope", "offset", "result"),
+    [("top1", 1, 10, 1, 43.0), ("loss", 2.1, -0.1, 0.1, 1.77)],
+)
+def test_curves_are_the_columns_of_the_file(quantity, first, slope, offset, result, tmp_path):
     axes = figures.curves(read_run(write_run(tmp_path / "a", summary={"best_epoch": 3})), quantity).axes[0]
     seen = lines(axes)
     for number, name in enumerate(("training images", "held-out images", "test images")):
         told = [[i, first + number * offset + slope * i] for i in (1, 2, 3, 4)]
         assert np.allclose(seen.pop(name), told)
-    assert np.allclose(seen.pop("reported epoch"), [[3, first + 2 * offset + 3 * slope]])
+    assert seen.pop("result, on test images") == [[3, result]]
     assert seen == {}
     spans = [(bar.get_x(), bar.get_width(), to_hex(bar.get_facecolor())) for bar in axes.patches]
     assert spans == [(0, 3, "#eef3f8"), (3, 1, "#fdf3e4")]

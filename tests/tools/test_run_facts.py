@@ -52,6 +52,8 @@ def test_the_parts_of_the_seconds_are_those_of_the_columns_and_add_up(tmp_path):
     told = {"waiting for images": 10.0, "training steps": 90.0, "evaluation": 26.0, "choosing the subnet": 14.0}
     assert run.parts == told
     assert sum(run.parts.values()) == run.seconds
+    dense = read_run(write_dense(tmp_path / "d", train_seconds=100.0, seconds=126.0))
+    assert dense.parts == {"waiting for images": 10.0, "training steps": 90.0, "evaluation": 26.0}
 
 
 def test_an_older_run_has_coarser_parts_and_says_so(tmp_path):
