@@ -109,11 +109,15 @@ def test_at_a_mask_it_is_what_that_mask_costs_and_the_gradient_what_each_unit_ad
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.99])
 def test_the_constant_that_meets_the_budget(fraction, unit):
     cost = ExpectedCost(graph_of(NETWORKS["preactivation"]), unit)
-    constant = constant_score(cost, fraction * cost.dense)
+    everything, some = np.ones(cost.num_units, dtype=bool), np.arange(cost.num_units) % 3 > 0
+    constant = constant_score(cost, fraction * cost.dense, everything)
     assert cost(np.full(cost.num_units, constant)) == pytest.approx(fraction * cost.dense, rel=1e-12)
     assert fraction < constant < 1  # costs of more than one factor leave room for more than the fraction of units
-    assert constant_score(cost, cost.dense) == 1
-    assert constant_score(cost, cost.fixed) <= 1e-12
+    assert constant_score(cost, cost.dense, everything) == 1
+    assert constant_score(cost, cost.fixed, everything) <= 1e-12
+    of_some = constant_score(cost, fraction * cost(some), some)
+    assert cost(of_some * some) == pytest.approx(fraction * cost(some), rel=1e-12)
+    assert constant_score(cost, cost(some), some) == 1
 
 
 # --- choosing a mask ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from trainers.methods.uniform import uniform_mask
 from trainers.state import RunState
 from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
-from utils.channels.norms import NormBehind, norms_behind
+from utils.channels.norms import NormBehind, norms_behind, stored_places
 from utils.errors import UserError
 
 
@@ -44,17 +44,25 @@ class SoftPruning(FilterNorm):
     power: ClassVar[int] = 2
 
     def end_of_epoch(self, run: RunState) -> None:
-        dropped_U = torch.from_numpy(~self.mask(run, self.config.sparsity.keep_ratio))
-        for layer, dropped in zip(run.network.layers.values(), run.network.split(dropped_U), strict=True):
-            layer.weight.data[dropped.to(layer.weight.device)] = 0
+        network, dropped_U = run.network, torch.from_numpy(~self.mask(run, self.config.sparsity.keep_ratio))
+        parts = zip(network.layers.values(), network.split(dropped_U), stored_by_layer(network), strict=True)
+        for layer, dropped, stored in parts:
+            layer.weight.data[dropped.to(layer.weight.device)[stored]] = 0
 
 
 def filter_norms(network: SparseNetwork, power: int) -> Tensor:
-    """The norm of what each unit's filters hold, over all layers that share it: (U,) float64."""
+    """The norm of what each unit's filters hold, over all layers that share it: (U,) float64; 0 for units that left."""
     sums_U = torch.zeros(network.num_units, dtype=torch.float64, device=network.device)
-    for layer, part in zip(network.layers.values(), network.split(sums_U), strict=True):
-        part += layer.weight.detach().double().abs().pow(power).sum((1, 2, 3))
+    for layer, part, stored in zip(
+        network.layers.values(), network.split(sums_U), stored_by_layer(network), strict=True
+    ):
+        part[stored] += layer.weight.detach().double().abs().pow(power).sum((1, 2, 3))
     return sums_U ** (1 / power)
+
+
+def stored_by_layer(network: SparseNetwork) -> list[Tensor]:
+    """Which units of each maskable layer still have parameters: (C,) bool, on the device."""
+    return network.split(torch.from_numpy(network.stored_units).to(network.device))
 
 
 class Slimming(Method):
@@ -85,15 +93,18 @@ def add_scale_penalty(network: SparseNetwork, penalty: float) -> None:
 
 
 def batch_norm_scales(network: SparseNetwork) -> Tensor:
-    """|gamma| of the batch-norm that judges each unit, the mean over layers that share it: (U,) float64."""
+    """|gamma| of the batch-norm that judges each unit, the mean over layers that share it: (U,) float64.
+
+    0 for units that have left the network.
+    """
     sums_U = torch.zeros(network.num_units, dtype=torch.float64, device=network.device)
     layers_U = torch.zeros_like(sums_U)
     for name, norm in judging_norms(network).items():
-        width = network.layers[name].out_channels
-        units = slice(network.graph.first_unit[name], network.graph.first_unit[name] + width)
-        sums_U[units] += norm.module.weight.detach().double().abs()[norm.first_channel : norm.first_channel + width]
+        units, channels = (torch.from_numpy(i).to(network.device) for i in stored_places(network, name, norm))
+        sums_U[units] += norm.module.weight.detach().double().abs()[channels]
         layers_U[units] += 1
-    return sums_U / layers_U
+    stored_U = torch.from_numpy(network.stored_units).to(network.device)
+    return torch.where(stored_U, sums_U / layers_U, 0.0)
 
 
 def judging_norms(network: SparseNetwork) -> dict[str, NormBehind]:

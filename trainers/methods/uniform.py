@@ -14,7 +14,7 @@ def uniform_mask(network: SparseNetwork, values_U: np.ndarray, config: Config) -
 
     With a budget of channels the fraction is `keep_ratio`. With one of params or flops it is the largest whose network
     is within the budget; then layers that were rounded down get one unit more, where that still fits. Layers whose
-    results are added keep equally many units.
+    results are added keep equally many units. Of a layer that units have left, at most the rest is kept.
 
     Args:
         values_U: (U,) float.
@@ -25,7 +25,8 @@ def uniform_mask(network: SparseNetwork, values_U: np.ndarray, config: Config) -
     widths = [layers[0].stop - layers[0].start for layers in streams]
     rank_U = np.empty(network.num_units, dtype=np.int64)  # of a unit in its layer
     for layer in network.unit_groups():
-        rank_U[layer][np.argsort(-values_U[layer], kind="stable")] = np.arange(layer.stop - layer.start)
+        order = np.argsort(np.where(network.stored_units[layer], -values_U[layer], np.inf), kind="stable")
+        rank_U[layer][order] = np.arange(layer.stop - layer.start)
 
     def counts(fraction: float) -> list[int]:
         return [max(1, round(fraction * width)) for width in widths]
@@ -35,7 +36,7 @@ def uniform_mask(network: SparseNetwork, values_U: np.ndarray, config: Config) -
         for layers, count in zip(streams, kept, strict=True):
             for layer in layers:
                 mask_U[layer] = rank_U[layer] < count
-        return mask_U
+        return mask_U & network.stored_units
 
     if sparsity.budget == "channels":
         return mask(counts(sparsity.keep_ratio))

@@ -24,16 +24,19 @@ def learning_rate_factor(policy: str, step: int, total_steps: int, warmup_steps:
     raise ValueError(f"lr_policy must be cosine_lr, multistep_lr or constant_lr, got {policy!r}")
 
 
-def falling_keep_ratio(progress: float, keep_ratio: float, start: float = 0.0, end: float = 0.4) -> float:
+def falling_keep_ratio(
+    progress: float, keep_ratio: float, start: float = 0.0, end: float = 0.4, highest: float = 1.0
+) -> float:
     """The budget of a schedule that falls from everything to `keep_ratio`, as a fraction of what the budget counts.
 
-    It is 1 until `start`, then keep_ratio + (1 - keep_ratio) (1 - t)^3 with t going from 0 at `start` to 1 at `end`,
-    and keep_ratio afterwards.
+    It is `highest` until `start`, then keep_ratio + (highest - keep_ratio) (1 - t)^3 with t going from 0 at `start` to
+    1 at `end`, and keep_ratio afterwards.
 
     Args:
         progress: finished fraction of the steps of the search.
         start, end: fractions of these steps, start < end.
+        highest: what the network has that the search starts from, below 1 for the subnet of another run.
     Source: the cubic rule of gradual pruning (Zhu and Gupta, 2017), applied to the budget; ours.
     """
     t = (progress - start) / (end - start)
-    return keep_ratio + (1 - keep_ratio) * (1 - min(max(t, 0.0), 1.0)) ** 3
+    return keep_ratio + (highest - keep_ratio) * (1 - min(max(t, 0.0), 1.0)) ** 3

@@ -93,5 +93,17 @@ class Budget:
         return self.cost(smallest) / self.cost.dense
 
     def largest_score(self, keep_ratio: float) -> float:
-        """The largest score which, given to every unit, keeps the budget."""
-        return keep_ratio if self.cost is None else constant_score(self.cost, keep_ratio * self.cost.dense)
+        """The largest score which, given to every stored unit, keeps the budget."""
+        if self.cost is not None:
+            return constant_score(self.cost, keep_ratio * self.cost.dense, self.network.stored_units)
+        return min(1.0, keep_ratio / self.stored_share())
+
+    def stored_share(self) -> float:
+        """What the stored units are of the whole network, in what the budget counts: 1 until units have left.
+
+        Where every layer has a budget of its own, the largest share of any layer.
+        """
+        units_U = self.network.stored_units
+        if self.cost is not None:
+            return self.cost(units_U) / self.cost.dense
+        return max(float(units_U[group].mean()) for group in self.groups)

@@ -148,15 +148,16 @@ def _coefficients(graph: ChannelGraph, unit: str) -> tuple[float, np.ndarray, np
     return float(constant), linear_S, quadratic_SS
 
 
-def constant_score(cost: ExpectedCost, budget: float) -> float:
-    """The largest score which, given to every unit, keeps the expected cost within the budget.
+def constant_score(cost: ExpectedCost, budget: float, units_U: np.ndarray) -> float:
+    """The largest score which, given to some units, keeps the expected cost within the budget.
 
     Args:
         budget: in the unit of the cost, at least `cost.fixed`.
+        units_U: (U,) bool, the units that get it; all others have score 0.
     """
-    everywhere = np.ones(cost.num_units)
+    everywhere = units_U.astype(np.float64)
     low, high = 0.0, 1.0
-    if cost.dense <= budget:
+    if cost(everywhere) <= budget:
         return 1.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -99,8 +99,12 @@ class SparseNetwork:
 
     @property
     def vital_groups(self) -> list[np.ndarray]:
-        """See `ChannelGraph.vital_groups`; none where the shifts of dropped channels leak through an empty layer."""
-        return [] if self.execution == "released" else self.graph.vital_groups
+        """See `ChannelGraph.vital_groups`, of stored units.
+
+        None where the shifts of dropped channels leak through an empty layer.
+        """
+        groups = [] if self.execution == "released" else self.graph.vital_groups
+        return groups if self.stored is None else [group[self.stored_units[group]] for group in groups]
 
     def plan(self, mask_U: np.ndarray) -> Plan:
         """The channels of a pass under a drawn mask, the layer guard applied (see `keep_one_unit`).

@@ -50,6 +50,17 @@ def norms_behind(network: SparseNetwork) -> dict[str, NormBehind]:
     return norms
 
 
+def stored_places(network: SparseNetwork, name: str, norm: NormBehind) -> tuple[np.ndarray, np.ndarray]:
+    """Where the channels of a maskable layer are that its batch-norm still has: their units, and their rows in it."""
+    width, first_unit = network.layers[name].out_channels, network.graph.first_unit[name]
+    stored_C = np.ones(network.graph.spaces[norm.space].width, dtype=bool)
+    if network.stored is not None:
+        stored_C = network.stored[norm.space]
+    channels = np.flatnonzero(stored_C[norm.first_channel : norm.first_channel + width])
+    before = int(stored_C[: norm.first_channel].sum())
+    return first_unit + channels, before + np.arange(len(channels))
+
+
 class GateReader:
     """Reads the gradients of gates that multiply units behind their batch-norms (see `gate_gradients`).
 
@@ -71,15 +82,10 @@ class GateReader:
             if (norm.module, network.graph.first_unit[name]) in seen:  # two tied layers that add before it
                 continue
             seen.add((norm.module, network.graph.first_unit[name]))
-            width, first_unit = network.layers[name].out_channels, network.graph.first_unit[name]
-            stored_C = np.ones(network.graph.spaces[norm.space].width, dtype=bool)
-            if network.stored is not None:
-                stored_C = network.stored[norm.space]
-            channels = np.flatnonzero(stored_C[norm.first_channel : norm.first_channel + width])
-            before = int(stored_C[: norm.first_channel].sum())
-            units = torch.from_numpy(first_unit + channels).to(network.device)
-            self.places.append((norm.module, units, before + torch.arange(len(channels), device=network.device)))
-            self.readable_U[first_unit + channels] = True
+            units, channels = stored_places(network, name, norm)
+            on_device = [torch.from_numpy(places).to(network.device) for places in (units, channels)]
+            self.places.append((norm.module, *on_device))
+            self.readable_U[units] = True
 
     def read(self, plan: Plan, num_images: int) -> Gates:
         """After the backward pass of `plan`, before gradients are clipped; `num_images` are those of all ranks."""

@@ -53,13 +53,13 @@ def shrink_to(
     Args:
         units_U: (U,) bool, the units to keep; those that were cut before stay cut.
         optimizer: of the weights; its state per parameter is cut alike.
-        keep_fallback: also keep the first unit of every vital group: it is what the layer guard falls back to when all
-            scores of the group are 0. Off for a mask with a unit of each, if it is the only one to run from now on.
+        keep_fallback: also keep the first stored unit of every vital group: it is what the layer guard falls back to
+            when all scores of the group are 0. Off if `units_U` has a unit of each.
     Returns: how many units were cut.
     """
     keep_U = units_U & network.stored_units
-    for group in network.graph.vital_groups if keep_fallback else ():
-        keep_U[group[0]] = network.stored_units[group[0]]
+    for group in network.vital_groups if keep_fallback else ():
+        keep_U[group[0]] = True
     num_cut = int((network.stored_units & ~keep_U).sum())
     if num_cut == 0:
         return 0
