@@ -33,10 +33,12 @@ from utils.options import (
     assemble,
     check_effect,
     check_together,
+    flag_of,
     flatten,
     option,
     options_of,
     resolve,
+    why_unread,
 )
 
 FROM_FILES = {"set": ("ImageFolder", "ImageNet")}
@@ -105,7 +107,9 @@ class RunConfig:
     )
     resume: str | None = option(
         None,
-        "go on with the run at PATH, or without PATH with the newest run of these options",
+        "go on with the newest run at PATH, or without PATH with the newest run of these options; --epochs and "
+        "--finetune-epochs may be raised, and --finetune may be added to a run without: learning rates and budget are "
+        "then those of a run that had this length from the start, and a search that has ended stays ended",
         metavar="PATH",
         bare="auto",
         common=True,
@@ -362,7 +366,7 @@ class SparsityConfig:
 class TrainConfig:
     """the search: weights and scores together."""
 
-    epochs: int = option(300, "epochs of the search", within="[1, inf)", common=True)
+    epochs: int = option(300, "epochs of the search", within="[1, inf)", common=True, resumed="may grow")
     batch_size: int = option(256, "images in a step, of all processes together", within="[2, inf)", common=True)
     optimizer: str = option(
         "adam", "optimizer of the scores (that of the weights is SGD)", choices=("adam", "sgd"), read_by=SCORED
@@ -406,13 +410,16 @@ class FinetuneConfig:
 
     DEFAULTS: ClassVar = {"read_by": TWO_PHASE, "needs": {"finetune": (True,)}}
 
-    finetune: bool = option(True, "train the chosen subnet's weights after the search", read_by=(), needs={})
+    finetune: bool = option(
+        True, "train the chosen subnet's weights after the search", read_by=(), needs={}, resumed="may grow"
+    )
     finetune_epochs: int = option(
         40,
         "epochs of fine-tuning; methods without a search train for as many more",
         within="[1, inf)",
         read_by=(),
         common=True,
+        resumed="may grow",
     )
     finetune_policy: str = option(
         "constant",
@@ -583,26 +590,33 @@ def config_to_yaml(config: Config, origin: Mapping[str, str] | None = None) -> s
 
 
 def check_resume(stored: Config, arguments: Arguments) -> Config:
-    """The config to go on with: the stored one, and from the arguments only what may change.
+    """The config to go on with: the stored one, and from the arguments only what may change or grow.
+
+    The command line may raise the length of a run (`epochs`, `finetune_epochs`, `finetune` from off to on). It may also
+    give options that the run has not read so far, such as those of fine-tuning to a run that had none.
 
     Raises: UserError that lists every explicitly given key which differs from the stored run.
     """
     before, now = config_to_dict(stored), config_to_dict(arguments.config)
-    explicit = {key for key, origin in arguments.origin.items() if origin != "default"}
-    conflicts = [key for key in OPTIONS if key in explicit and before[key] != now[key]]
-    conflicts = [key for key in conflicts if OPTIONS[key].resumed == "stored"]
+    origin = arguments.origin
+    explicit = {key for key in OPTIONS if origin[key] != "default"}
+    flags = {key for key in OPTIONS if origin[key] == "command line"}
+    grown = {key for key in flags if OPTIONS[key].resumed == "may grow" and now[key] > before[key]}
+    new = {key for key in flags if OPTIONS[key].resumed != "this command" and why_unread(OPTIONS, before, key)}
+    kept = [key for key in OPTIONS if OPTIONS[key].resumed in ("stored", "may grow") and key not in grown | new]
+    conflicts = [key for key in kept if key in explicit and before[key] != now[key]]
     if conflicts:
-        listed = "; ".join(
-            f"{key}: stored {before[key]}, given {now[key]} ({arguments.origin[key]})" for key in conflicts
-        )
+        listed = "; ".join(f"{key}: stored {before[key]}, given {now[key]} ({origin[key]})" for key in conflicts)
+        lengths = [flag_of(key) for key in conflicts if OPTIONS[key].resumed == "may grow"]
+        may_grow = f" ({' and '.join(lengths)} on the command line may make a run longer, not shorter)"
         raise UserError(
             f"these options differ from the run to resume: {listed}. Leave them out, because the stored "
-            "values are used, or start a new run without --resume"
+            f"values are used{may_grow if lengths else ''}, or start a new run without --resume"
         )
-    may_change = {key for key in explicit if OPTIONS[key].resumed == "may change"}
-    if may_change & {"device", "multigpu"}:
-        may_change |= {"device", "multigpu"}  # two ways to say one thing: a new answer replaces both
-    taken = may_change | {key for key, entry in OPTIONS.items() if entry.resumed == "this command"}
+    taken = grown | new | {key for key in explicit if OPTIONS[key].resumed == "may change"}
+    if taken & {"device", "multigpu"}:
+        taken |= {"device", "multigpu"}  # two ways to say one thing: a new answer replaces both
+    taken |= {key for key, entry in OPTIONS.items() if entry.resumed == "this command"}
     config = config_from_dict({**before, **{key: now[key] for key in taken}}, "resumed run")
-    check_effect(OPTIONS, config, (key for key, origin in arguments.origin.items() if origin == "command line"))
+    check_effect(OPTIONS, config, flags)
     return config

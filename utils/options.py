@@ -42,7 +42,7 @@ class Option:
     default that is decided later. bare: the text meant when the flag is given without a value.
     read_by: the methods that read it; nothing for all of them. needs: values of other options without which nothing
     reads it. common: shown by a plain `--help`. resumed: whether a run that is resumed keeps its "stored" value, or
-    the value "may change", or belongs to "this command" and is never taken from the stored run.
+    the value "may change" or "may grow", or belongs to "this command" and is never taken from the stored run.
     """
 
     key: str

@@ -99,7 +99,7 @@ def test_every_option_is_declared_once():
     assert len(names) == len(set(names))
     for entry in OPTIONS.values():
         assert set(entry.read_by) <= METHODS.keys(), entry.key
-        assert entry.resumed in ("stored", "may change", "this command"), entry.key
+        assert entry.resumed in ("stored", "may change", "may grow", "this command"), entry.key
         for other, allowed in entry.needs.items():
             assert set(allowed) <= set(OPTIONS[other].choices or (True, False)), entry.key
             assert DEFAULTS[entry.key] == OPTIONS[entry.key].default

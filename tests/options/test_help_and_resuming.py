@@ -221,6 +221,26 @@ def test_every_conflict_is_listed(tmp_path):
     assert "batch_size" not in message
 
 
+def test_a_run_may_become_longer_on_the_command_line_and_never_shorter(tmp_path):
+    config = check_resume(stored_run(), parse("--resume a --epochs 20 --finetune-epochs 50"))
+    assert (config.train.epochs, config.finetune.finetune_epochs, config.total_epochs) == (20, 50, 70)
+    for shorter in ("--epochs 11", "--finetune-epochs 39", "--no-finetune"):
+        with pytest.raises(UserError, match=r"on the command line may make a run longer, not shorter"):
+            check_resume(stored_run(), parse(f"--resume a {shorter}"))
+    with pytest.raises(UserError, match=r"epochs: stored 12, given 20 \(file\).*\(--epochs on the command line may"):
+        check_resume(stored_run(), parse_yaml(tmp_path, "epochs: 20", "--resume a"))
+
+
+def test_fine_tuning_may_be_added_to_a_run_that_had_none_with_options_of_its_own():
+    stored = parse("--no-finetune --epochs 12").config
+    config = check_resume(stored, parse("--resume a --finetune --finetune-epochs 3 --finetune-lr 0.02"))
+    assert (config.finetune.finetune_epochs, config.finetune.finetune_lr, config.total_epochs) == (3, 0.02, 15)
+    with pytest.raises(UserError, match=r"--finetune-lr \(command line\) has no effect: finetune is off"):
+        check_resume(stored, parse("--resume a --finetune-lr 0.02"))
+    with pytest.raises(UserError, match=r"finetune_lr: stored 0\.001, given 0\.02"):
+        check_resume(stored_run(), parse("--resume a --finetune-lr 0.02"))
+
+
 def test_what_concerns_only_this_machine_may_change():
     arguments = parse("--resume runs/a --print-freq 7 --save-every 2 --evaluate --name b --dry-run")
     run = check_resume(stored_run(), arguments).run
