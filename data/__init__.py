@@ -75,6 +75,7 @@ def build_data(
     workers: int = 0,
     holdout: float = 0.0,
     train_images: int = 0,
+    test_only: bool = False,
     device: torch.device | str = "cpu",
 ) -> DataSplits:
     """Load a set and hold out a part of its training images.
@@ -90,12 +91,14 @@ def build_data(
             0 for none; other sets need no decoding.
         holdout: fraction of the training images of each class to hold out, in [0, 1).
         train_images: train on so many of those that are left, see `first_in_proportion`; 0: on all.
+        test_only: nothing but the test images is needed. An ImageFolder may then lack train/; the training images of
+            the result are its test images.
         device: where batches are made, and images in memory live.
     Raises: UserError for an unknown set, missing or damaged files, or a class left empty by holdout. A streamed set
         raises it too, while its batches are made, for a file that cannot be decoded.
     """
     try:
-        train, test, class_names = _load(name, Path(root).expanduser(), image_size, workers)
+        train, test, class_names = _load(name, Path(root).expanduser(), image_size, workers, test_only)
     except OSError as error:
         raise UserError(
             f"{name}: {error}; check that everything under {root} is readable and its disk works"
@@ -155,14 +158,16 @@ def first_in_proportion(labels: np.ndarray, indices: np.ndarray, count: int) -> 
     return np.sort(indices[np.argsort(place, kind="stable")[:count]])
 
 
-def _load(name: str, root: Path, image_size: int, workers: int) -> tuple[BatchedSet, BatchedSet, tuple[str, ...]]:
+def _load(
+    name: str, root: Path, image_size: int, workers: int, test_only: bool
+) -> tuple[BatchedSet, BatchedSet, tuple[str, ...]]:
     """Training and test images, on the CPU, and class names."""
     if name == "ImageNet":
         return load_imagenet(root, image_size, workers)
     if name == "ImageFolder" and image_size >= STREAM_FROM_SIZE:
-        return load_streamed_folder(root, image_size, workers)
+        return load_streamed_folder(root, image_size, workers, test_only)
     if name == "ImageFolder":
-        return _in_memory(load_image_folder(root, image_size, workers))
+        return _in_memory(load_image_folder(root, image_size, workers, test_only))
     if image_size not in (0, 32):
         raise UserError(
             f"image_size={image_size} is not possible for {name}, whose images are 32x32; leave it 0, "

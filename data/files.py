@@ -60,19 +60,26 @@ class ClassFolder:
         return self.chosen(np.random.Generator(np.random.PCG64(_SHUFFLE_SEED)).permutation(len(self)))
 
 
-def find_image_folder(root: Path) -> tuple[ClassFolder, ClassFolder]:
+def find_image_folder(root: Path, test_only: bool = False) -> tuple[ClassFolder, ClassFolder]:
     """Training and test files of `<root>/train` and `<root>/test`, or `val` where there is no `test`.
 
     Files and classes are found as by torchvision.datasets.ImageFolder.
 
+    Args:
+        test_only: take the test files as training files too, so that `<root>/train` need not exist.
     Raises: UserError for missing folders, empty or differing classes.
     """
-    return _same_classes("ImageFolder", *(_list("ImageFolder", folder) for folder in image_folders(root)))
+    parts = image_folders(root, test_only)
+    return _same_classes("ImageFolder", *(_list("ImageFolder", folder) for folder in parts))
 
 
-def image_folders(root: Path) -> list[Path]:
-    """The folders of training and test images, whatever is in them. Raises: UserError if one is not there."""
-    return [_existing("ImageFolder", root, *names) for names in (("train",), ("test", "val"))]
+def image_folders(root: Path, test_only: bool = False) -> list[Path]:
+    """The folders of training and test images, whatever is in them; see `find_image_folder`.
+
+    Raises: UserError if one is not there.
+    """
+    parts = (("test", "val") if test_only else ("train",), ("test", "val"))
+    return [_existing("ImageFolder", root, *names) for names in parts]
 
 
 def find_imagenet(root: Path) -> tuple[ClassFolder, ClassFolder]:

@@ -25,7 +25,7 @@ IMAGENET_IMAGE_SIZE = 224
 _FILES_PER_TASK = 16
 
 
-def load_image_folder(root: Path, image_size: int, workers: int) -> RawData:
+def load_image_folder(root: Path, image_size: int, workers: int, test_only: bool = False) -> RawData:
     """Read all images as 8-bit RGB into memory.
 
     Training and test images are shuffled by a fixed generator, so that a few batches already hold all classes.
@@ -36,9 +36,10 @@ def load_image_folder(root: Path, image_size: int, workers: int) -> RawData:
         image_size: 0 to take the images as they are, square and of one size; otherwise the shorter side of
             each image is resized to it (bilinear, antialiased) and its centre is cut out.
         workers: decoding threads, at least one; more of them pay for photographs, not at 32 pixels.
+        test_only: see `find_image_folder`.
     Raises: UserError for missing folders, differing classes or sizes, unreadable images, or over 4 GiB.
     """
-    train, test = (part.shuffled() for part in find_image_folder(root))
+    train, test = (part.shuffled() for part in find_image_folder(root, test_only))
     first = train.files[0]
     size = image_size or _common_size(first)
     count = len(train) + len(test)
@@ -63,7 +64,9 @@ def load_image_folder(root: Path, image_size: int, workers: int) -> RawData:
     )
 
 
-def load_streamed_folder(root: Path, image_size: int, workers: int) -> tuple[StreamedSet, StreamedSet, tuple[str, ...]]:
+def load_streamed_folder(
+    root: Path, image_size: int, workers: int, test_only: bool = False
+) -> tuple[StreamedSet, StreamedSet, tuple[str, ...]]:
     """Training and test images of an ImageFolder, and their class names; the images stay in their files.
 
     Mean and standard deviation are those of 1,000 training images, evenly chosen among the files sorted by class
@@ -72,7 +75,7 @@ def load_streamed_folder(root: Path, image_size: int, workers: int) -> tuple[Str
     Args: see `load_image_folder`; image_size is above 0, workers are processes.
     Raises: UserError for missing folders, differing classes, or unreadable images among these 1,000.
     """
-    train, test = find_image_folder(root)
+    train, test = find_image_folder(root, test_only)
     count = min(len(train), STREAMED_IMAGES_FOR_STATISTICS)
     chosen = train.chosen(np.arange(count) * len(train) // count)
     sample = StreamedSet.from_folder(chosen, ((0.0,) * 3, (1.0,) * 3), image_size, workers)
