@@ -13,14 +13,23 @@ from functools import partial
 from torch import nn
 
 from models.mobilenet import BLOCKS, STEM_WIDTH, MobileNetV1
-from models.pretrained import load_pretrained
+from models.pretrained import SubnetOfRun, find_subnet, load_pretrained, take_over
 from models.resnet_cifar import ResNetCifar
 from models.resnet_imagenet import BasicBlock, Bottleneck, ResNet
 from models.vgg import HIDDEN_WIDTH, POOL, VGG, VGGImageNet, vgg_plan
 from models.wrn import WideResNet
 from utils.errors import UserError
 
-__all__ = ["MODELS", "build_model", "initialise", "load_pretrained", "maskable_convs"]
+__all__ = [
+    "MODELS",
+    "SubnetOfRun",
+    "build_model",
+    "find_subnet",
+    "initialise",
+    "load_pretrained",
+    "maskable_convs",
+    "take_over",
+]
 
 # Images of at least this many pixels a side get the form that a network has for ImageNet, smaller ones the form for
 # CIFAR, which halves them less often. 128: 32 times smaller, as at the end of the ImageNet forms, a map is still 4x4.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -12,54 +13,116 @@ from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
 from utils.errors import UserError
+from utils.run.folder import BEST, resolve_run
+from utils.run.progress import announce
 
 TRAINED_LIKE_THIS = "use the arch, width_mult, set and image size they were trained with"
 
 
+@dataclass(frozen=True)
+class SubnetOfRun:
+    """The subnet of a run as a start: its best.pt.
+
+    Attributes:
+        source: the file.
+        state: its content.
+    """
+
+    source: str
+    state: dict[str, Any]
+
+    def refuse(self, reason: str) -> NoReturn:
+        _refuse(self.source, reason)
+
+
+def find_subnet(source: str) -> SubnetOfRun | None:
+    """The subnet that `source` stands for: of a run whose dropped units leave its parameters.
+
+    That is every run of a masked method with `shrink` on, as it is by default, whether units have left yet or not. A
+    run with --no-shrink, a dense run and a plain state dict stand for all of their weights instead.
+
+    Args:
+        source: a run folder, which means its best.pt, a folder above several runs, or a checkpoint file.
+    Returns: None if `source` stands for all weights of a file or of torchvision.
+    Raises: UserError if there is no such file, it cannot be read, or it has no subnet yet.
+    """
+    if not os.path.exists(source):
+        return None
+    path = _file_of(source)
+    state = _read(path)
+    units = state.get("stored_units") if isinstance(state, dict) else None
+    if not isinstance(units, Tensor) or not len(units):
+        return None
+    config = state.get("config", {})
+    shrinks = config.get("method") not in ("dense", "released") and config.get("execution") == "compact"
+    if units.all() and not (shrinks and config.get("shrink", True)):
+        return None
+    if "weight_optimizer" in state or state.get("subnet") is None:
+        _refuse(
+            path,
+            "it holds a run to go on with, whose dropped units leave it, and not its result; pass the run folder or "
+            "its checkpoints/best.pt",
+        )
+    return SubnetOfRun(path, state)
+
+
 def load_pretrained(model: nn.Module, source: str) -> None:
-    """Copies trained weights into a network.
+    """Copies all trained weights of a source into a network of the same shapes.
 
     Scores are not taken over: a run starts its own search. A dense checkpoint fits a masked network and vice versa.
 
     Args:
         model: from `models.build_model`.
-        source: path of a checkpoint of this project or of a plain state dict, or a name of torchvision's classification
-            weights, such as `ResNet50_Weights.IMAGENET1K_V2`; a file goes before a name.
+        source: path of a run, of a checkpoint of this project or of a plain state dict, or a name of torchvision's
+            classification weights, such as `ResNet50_Weights.IMAGENET1K_V2`; a file goes before a name.
     Raises: UserError if there are no such weights, they cannot be read or downloaded, or do not fit.
     """
-    state = _from_file(model, source) if os.path.exists(source) else _from_torchvision(model, source)
-    model.load_state_dict(_comparable(state), strict=False)
+    if os.path.exists(source):
+        path = _file_of(source)
+        take_over(model, _weights_in(path), path)
+    else:
+        _load_from_torchvision(model, source)
+
+
+def take_over(model: nn.Module, state: Mapping[str, Tensor], source: str, hint: str = TRAINED_LIKE_THIS) -> None:
+    """Copies weights and statistics into a network of the same shapes.
+
+    If the head tells another number of classes apart, it keeps the weights it has, and that is announced.
+
+    Raises: UserError for any other misfit.
+    """
+    _check_fit(model, state, source, hint)
+    if left_out := _other_classes(model, state):
+        given, wanted = (len(weights[left_out[0]]) for weights in (state, model.state_dict()))
+        announce(f"{source} tells {given} classes apart and the data have {wanted}, so layer {model.head} starts anew")
+    model.load_state_dict({k: v for k, v in _comparable(state).items() if k not in left_out}, strict=False)
 
 
 def _refuse(source: str, reason: str) -> NoReturn:
     raise UserError(f"--pretrained {source}: {reason}")
 
 
-def _from_file(model: nn.Module, path: str) -> dict[str, Tensor]:
+def _file_of(source: str) -> str:
+    """A run folder means its result."""
+    return str(resolve_run(source, (BEST,))[1]) if os.path.isdir(source) else source
+
+
+def _read(path: str) -> Any:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has a different exception for each kind of damage
         raise UserError(
             f"--pretrained {path}: not a readable checkpoint or state dict ({type(error).__name__}); "
             "pass a file written by this project or by torch.save(model.state_dict(), path)"
         ) from error
-    _refuse_shrunk(state, path)
+
+
+def _weights_in(path: str) -> dict[str, Tensor]:
+    state = _read(path)
     state = state.get("model", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         _refuse(path, "holds no state dict; pass torch.save(model.state_dict(), path)")
-    _check_fit(model, state, path, TRAINED_LIKE_THIS)
     return state
-
-
-def _refuse_shrunk(state: Any, path: str) -> None:
-    stored = state.get("stored_units") if isinstance(state, dict) else None
-    if isinstance(stored, Tensor) and not stored.all():
-        num_gone = int((~stored).sum())
-        _refuse(
-            path,
-            f"the weights of {num_gone} of {len(stored)} units of that run are gone, because it shrank while it "
-            "trained; go on with the run itself (--resume), or repeat it with --no-shrink and pass its checkpoint",
-        )
 
 
 def torchvision_weights() -> dict[str, str]:
@@ -72,7 +135,7 @@ def torchvision_weights() -> dict[str, str]:
     }
 
 
-def _from_torchvision(model: nn.Module, name: str) -> Mapping[str, Tensor]:
+def _load_from_torchvision(model: nn.Module, name: str) -> None:
     networks = torchvision_weights()
     if name not in networks:
         by_lower_case = {known.lower(): known for known in networks}
@@ -85,12 +148,13 @@ def _from_torchvision(model: nn.Module, name: str) -> Mapping[str, Tensor]:
     _check_fit(model, theirs.state_dict(), name, made_for)
     weights = torchvision_models.get_weight(name)
     try:
-        return weights.get_state_dict(map_location="cpu", check_hash=True, weights_only=True)
+        state = weights.get_state_dict(map_location="cpu", check_hash=True, weights_only=True)
     except Exception as error:  # no network, no such page, no space, a wrong checksum, a damaged file in the cache
         raise UserError(
             f"--pretrained {name}: {weights.url} could not be downloaded to or read from {torch.hub.get_dir()} "
             f"({type(error).__name__}: {error}); try again, or fetch the file elsewhere and pass its path"
         ) from error
+    take_over(model, state, name, made_for)
 
 
 def _comparable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -102,14 +166,19 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, hint:
     given, wanted = _comparable(state), _comparable(model.state_dict())
     problems = [f"{name} is missing" for name in wanted if name not in given]
     problems += [f"{name} is unknown" for name in given if name not in wanted]
-    misfits = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
-    if not problems and misfits and all(name.rpartition(".")[0] == model.head for name in misfits):
-        num_given, num_wanted = (len(weights[misfits[0]]) for weights in (given, wanted))
-        reason = f"the weights tell {num_given} classes apart, but the data has {num_wanted}"
-        _refuse(source, f"{reason}; use data of {num_given} classes, or start without --pretrained")
+    others = _other_classes(model, given)
+    misfits = [n for n in wanted if n in given and n not in others and given[n].shape != wanted[n].shape]
     problems += [
         f"{name} has shape {tuple(given[name].shape)}, the network {tuple(wanted[name].shape)}" for name in misfits
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         _refuse(source, f"the weights do not fit this network ({'; '.join(problems[:3])}{more}); {hint}")
+
+
+def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """The parameters of the head, if it fits but for the number of classes."""
+    wanted = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] == model.head}
+    if any(name not in state or state[name].shape[1:] != value.shape[1:] for name, value in wanted.items()):
+        return []
+    return [name for name, value in wanted.items() if len(state[name]) != len(value)]

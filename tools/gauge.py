@@ -225,7 +225,7 @@ def find_sources(settings: argparse.Namespace) -> Iterator[Source]:
 def measure_checkpoint(source: Source, data: DataSplits, device: torch.device, settings: argparse.Namespace) -> dict:
     """Raises UserError for weights that have diverged."""
     (file, config, state), seed = source, settings.seed
-    network = make_network(config, data, device)
+    network = make_network(config, data, device, state)
     restore_model(network, state)
     network.model.train()
     scores_U, alpha = network.scores.detach().double(), config.sparsity.alpha

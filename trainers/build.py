@@ -8,9 +8,17 @@ from typing import Any
 
 import torch
 
-from args import ESTIMATORS, Config
+from args import ESTIMATORS, OPTIONS, Config, config_from_dict, config_to_dict
 from data import DataSplits
-from models import build_model, initialise, load_pretrained, maskable_convs
+from models import (
+    SubnetOfRun,
+    build_model,
+    find_subnet,
+    initialise,
+    load_pretrained,
+    maskable_convs,
+    take_over,
+)
 from trainers.default import draw_masks, stored_masks
 from trainers.methods import make_method
 from trainers.methods.base import Method, check_budget
@@ -24,34 +32,49 @@ from utils.channels.shrink import shrink_to
 from utils.channels.subnet import Subnet
 from utils.conv_type import sparsify
 from utils.errors import UserError
+from utils.options import flag_of, worded
 from utils.run.checkpoint import restore_generator
 from utils.run.metrics import CostLedger
+from utils.run.progress import announce
 from utils.seeds import MASK_STREAM, stream_generator
 
+LAYOUT = ("first_layer_dense", "last_layer_dense", "residual_masks")  # decide which units there are
+SAME_AS_START = ("arch", "width_mult", *LAYOUT)
 
-def make_network(config: Config, data: DataSplits, device: torch.device) -> SparseNetwork:
-    """The network with its first weights, which depend on the seed alone.
 
-    Raises: UserError for an arch that does not fit the images, or weights that do not fit the arch.
+def make_network(
+    config: Config, data: DataSplits, device: torch.device, stored: Mapping[str, Any] | None = None
+) -> SparseNetwork:
+    """The network with its first weights, which depend on the seed and on `pretrained` alone.
+
+    Args:
+        stored: a checkpoint of the run, if `restore_model` is to put its weights into the network; `pretrained` plays
+            no part then.
+    Raises: UserError for an arch that does not fit the images, or weights that do not fit the arch or the method.
     """
     torch.manual_seed(config.run.seed)
     options = config.model
     model = build_model(options.arch, data.num_classes, data.channels, data.image_size, options.width_mult)
     initialise(model, options.init, options.mode, options.nonlinearity)
-    if config.method != "dense":
+    source = options.pretrained if stored is None else None
+    start = None if source is None else find_subnet(source)
+    # a dense run has units only if it trains the channels of a subnet
+    starts_from_subnet = start is not None or (stored is not None and len(stored["stored_units"]) > 0)
+    if config.method != "dense" or starts_from_subnet:
         names = maskable_convs(
             model, first_layer_dense=options.first_layer_dense, last_layer_dense=options.last_layer_dense
         )
         sparsify(model, names, config.sparsity.score_init)
-    if options.pretrained is not None:
-        load_pretrained(model, options.pretrained)
+    if source is not None and start is None:
+        load_pretrained(model, source)
     model = model.to(device, memory_format=torch.channels_last)
-    released = config.method == "released"  # it does not read some options that a file may hold for other methods
+    # the released and the dense method do not read some options that a file may hold for others
+    released, dense = config.method == "released", config.method == "dense"
     try:
-        return SparseNetwork(
+        network = SparseNetwork(
             model,
             (data.channels, data.image_size, data.image_size),
-            execution="released" if released else config.sparsity.execution,
+            execution="released" if released else "compact" if dense else config.sparsity.execution,
             residual_masks="free" if released else config.sparsity.residual_masks,
             precision=config.train.precision,
         )
@@ -60,6 +83,51 @@ def make_network(config: Config, data: DataSplits, device: torch.device) -> Spar
             f"{options.arch} does not fit images of {data.image_size}x{data.image_size} pixels ({error}); "
             "use larger images (--image-size) or another arch"
         ) from error
+    if start is not None:
+        start_from_subnet(network, start, config)
+    return network
+
+
+def start_from_subnet(network: SparseNetwork, start: SubnetOfRun, config: Config) -> None:
+    """Cuts a fresh network down to the subnet of another run, with its weights and statistics: the same function.
+
+    Units keep their places and ratios stay fractions of the whole network. Units that the subnet lacks are gone for
+    good.
+
+    Raises: UserError for a method that cannot train such a network, or a subnet of another network.
+    """
+    if config.method in ("gumbel", "released") or network.execution != "compact":
+        what = f"method {config.method}" if config.method in ("gumbel", "released") else "masked execution"
+        start.refuse(
+            f"{what} computes channels that the subnet does not have; pass --method vrpge, dense, l1, sfp or slimming "
+            "with compact execution, or a checkpoint of a run with --no-shrink, which holds all weights"
+        )
+    for key in SAME_AS_START:
+        mine, theirs = config_to_dict(config)[key], start.state["config"].get(key, OPTIONS[key].default)
+        if mine != theirs:
+            start.refuse(
+                f"it was trained with {key} {worded(theirs)}, not {worded(mine)}; pass {flag_of(key)} {worded(theirs)}"
+            )
+    stored_U, mask_U = start.state["stored_units"].numpy(), start.state["subnet"]["mask"].numpy()
+    if len(stored_U) != network.num_units:
+        start.refuse(f"it has {len(stored_U)} units, and this network {network.num_units}; use the same images")
+    shrink_to(network, stored_U, keep_fallback=False)
+    take_over(network.model, start.state["model"], start.source)
+    use_statistics(network, Subnet.from_state_dict(start.state["subnet"], network.device))
+    shrink_to(network, mask_U, keep_fallback=False)
+    announce(f"starting from the subnet of {start.source}: {mask_U.sum()} of {network.num_units} units")
+
+
+def with_layout_of_start(config: Config) -> Config:
+    """The configuration with what decides which units there are, for a dense run that starts from a subnet.
+
+    Dense training reads none of these options otherwise.
+    """
+    start = find_subnet(config.model.pretrained) if config.method == "dense" and config.model.pretrained else None
+    if start is None:
+        return config
+    theirs = {key: start.state["config"].get(key, OPTIONS[key].default) for key in LAYOUT}
+    return config_from_dict({**config_to_dict(config), **theirs}, start.source)
 
 
 def make_weight_optimizer(network: SparseNetwork, config: Config, learning_rate: float) -> FusedSGD:
@@ -85,22 +153,35 @@ def make_estimator(network: SparseNetwork, config: Config) -> Estimator:
     return pkgutil.resolve_name(ESTIMATORS[name].path)(network.scores.detach(), alpha)
 
 
-def new_run(config: Config, data: DataSplits, device: torch.device) -> RunState:
+def new_run(
+    config: Config, data: DataSplits, device: torch.device, stored: Mapping[str, Any] | None = None
+) -> RunState:
     """A run before its first step.
 
+    Args:
+        stored: the checkpoint that `restore_run` is to restore the run from, if there is one.
     Raises: UserError for a network or a budget that does not suit the method.
     """
-    network = make_network(config, data, device)
+    network = make_network(config, data, device, stored)
     budget = Budget(network, config.sparsity.budget, config.sparsity.constrain_by_layer)
-    method = make_method(config)
+    method, start_share = make_method(config), 1.0
+    if not network.stored_units.all():
+        start_share = budget.stored_share()
+        if method.first_phase == "search" and config.sparsity.keep_ratio >= start_share:
+            raise UserError(
+                f"--pretrained {config.model.pretrained}: this subnet is {100 * start_share:.2f} % of the "
+                f"{config.sparsity.budget} of the whole network, so keep_ratio {config.sparsity.keep_ratio:g} leaves "
+                "nothing to choose; pass a smaller --keep-ratio, or --method dense to train all of the subnet"
+            )
     first_mask_U = method.start(network, budget)
     run = RunState(
         network,
         budget,
         make_weight_optimizer(network, config, config.train.weight_lr),
         phase=method.first_phase,
-        plan=network.dense_plan if first_mask_U is None else network.plan(first_mask_U),
+        plan=network.plan(network.stored_units if first_mask_U is None else first_mask_U),
         subnet=None if first_mask_U is None else Subnet(first_mask_U, statistics={}),
+        start_share=start_share,
     )
     if method.has_scores:
         run.search = new_search(run, method, config)
@@ -123,7 +204,7 @@ def new_search(run: RunState, method: Method, config: Config) -> Search:
         search.masks = draw_masks(search, config)
     if search.estimator is not None and search.estimator.needs_gates:
         search.gate_reader = GateReader(network)
-        unreadable = int((~search.gate_reader.readable_U).sum())
+        unreadable = int((~search.gate_reader.readable_U & network.stored_units).sum())
         if search.estimator.biased and unreadable:  # there is nothing else to judge them by
             raise UserError(
                 f"estimator {config.sparsity.estimator} cannot judge {unreadable} of {network.num_units} units of "
@@ -133,18 +214,19 @@ def new_search(run: RunState, method: Method, config: Config) -> Search:
 
 
 def start_within_budget(network: SparseNetwork, budget: Budget, config: Config) -> None:
-    """Sets the first scores where they depend on the network: for a budget of params or flops.
+    """Sets the first scores where they depend on the network: on what its units cost, and on which have left it.
 
     Raises: UserError for a budget that no subnet meets, or first scores that exceed it.
     """
     sparsity = config.sparsity
     check_budget(budget, config)
-    if budget.unit == "channels" or sparsity.budget_schedule == "cubic":  # a falling budget starts with everything
-        return
-    largest = budget.largest_score(sparsity.keep_ratio)
-    if sparsity.score_init_constant is None:
-        network.scores.data.fill_(largest)
-    elif sparsity.score_init_constant > largest:
+    largest = 1.0  # a falling budget starts with everything
+    if sparsity.budget_schedule != "cubic":
+        largest = budget.largest_score(sparsity.keep_ratio)
+        if sparsity.score_init_constant is None:
+            network.scores.data.fill_(largest)
+    network.scores.data[torch.from_numpy(~network.stored_units).to(network.device)] = 0
+    if sparsity.score_init_constant is not None and sparsity.score_init_constant > largest:
         raise UserError(
             f"score_init_constant {sparsity.score_init_constant:g} would overspend the budget, keep_ratio "
             f"{sparsity.keep_ratio:g} of the {budget.unit}; pass --score-init-constant {0.999 * largest:.4g} or "
@@ -155,26 +237,33 @@ def start_within_budget(network: SparseNetwork, budget: Budget, config: Config) 
 def fix_subnet(run: RunState, config: Config, subnet: Subnet) -> None:
     """Starts fine-tuning: the network takes over the subnet's batch-norm statistics and gets a fresh optimizer."""
     run.phase, run.subnet, run.search = "finetune", subnet, None
-    for name, norm in run.network.batch_norms().items():
-        norm.running_mean.copy_(subnet.statistics[name][0])
-        norm.running_var.copy_(subnet.statistics[name][1])
+    use_statistics(run.network, subnet)
     run.weight_optimizer = make_weight_optimizer(run.network, config, config.finetune.finetune_lr)
     if config.shrinks:
         shrink_to(run.network, subnet.mask_U, run.weight_optimizer)
     run.plan = run.network.plan(subnet.mask_U)
 
 
+def use_statistics(network: SparseNetwork, subnet: Subnet) -> None:
+    """Copies the batch-norm statistics of a subnet into the network."""
+    for name, norm in network.batch_norms().items():
+        norm.running_mean.copy_(subnet.statistics[name][0])
+        norm.running_var.copy_(subnet.statistics[name][1])
+
+
 def restore_model(network: SparseNetwork, state: Mapping[str, Any]) -> None:
     """Puts weights and scores of a checkpoint into a fresh network, which is first cut down as the stored one was."""
-    shrink_to(network, state["stored_units"].numpy())
+    shrink_to(network, state["stored_units"].numpy(), keep_fallback=False)
     network.model.load_state_dict(state["model"])
 
 
 def restore_run(run: RunState, state: Mapping[str, Any], config: Config) -> None:
-    """Puts a whole checkpoint into a new run of the same configuration."""
+    """Puts a whole checkpoint into a run that was made for it. Its configuration may have grown, see `lengthen`."""
     device = run.network.device
     restore_model(run.network, state)
     run.phase, run.epoch, run.step = state["phase"], state["epoch"], state["step"]
+    run.start_share = state.get("start_share", 1.0)
+    run.plan = run.network.plan(run.network.stored_units)
     if state["subnet"] is not None:
         run.subnet = Subnet.from_state_dict(state["subnet"], device)
         run.plan = run.network.plan(run.subnet.mask_U)
@@ -194,6 +283,21 @@ def restore_run(run: RunState, state: Mapping[str, Any], config: Config) -> None
         run.search = None
     else:
         _restore_search(run.search, state["search"], config)
+
+
+def lengthen(run: RunState, config: Config) -> bool:
+    """Lets a finished run go on if its configuration has more epochs than it has done; says whether it does.
+
+    Its search stays ended: further epochs train the network that it has ended with.
+    """
+    if run.phase != "done" or run.epoch >= config.total_epochs:
+        return run.phase != "done"
+    last_phase = run.history[-1]["phase"]
+    if last_phase != "search":
+        run.phase = last_phase
+    elif config.finetunes:  # it had no fine-tuning before
+        fix_subnet(run, config, run.subnet)
+    return run.phase != "done"
 
 
 def _restore_search(search: Search, state: Mapping[str, Any], config: Config) -> None:

@@ -107,7 +107,9 @@ class Recipe:
             return StepSettings(weight_lr if one_curve else config.finetune.finetune_lr)
         falling = self.method.has_scores and sparsity.budget_schedule == "cubic"
         fall = (sparsity.budget_start, sparsity.budget_end)
-        keep_ratio = falling_keep_ratio(now / total, sparsity.keep_ratio, *fall) if falling else sparsity.keep_ratio
+        keep_ratio = sparsity.keep_ratio
+        if falling:
+            keep_ratio = falling_keep_ratio(now / total, keep_ratio, *fall, highest=self.run.start_share)
         return StepSettings(
             weight_lr=weight_lr,
             score_lr=train.score_lr * learning_rate_factor(train.lr_policy, now, total, warmup),

@@ -75,6 +75,7 @@ class Reporter:
     def __init__(self, folder: Path, config: Config, data: DataSplits, run: RunState) -> None:
         self.folder, self.config, self.data = folder, config, data
         self.save_failed = False
+        (folder / "summary.json").unlink(missing_ok=True)  # of a run that was finished before it became longer
         if run.history:
             write_csv(folder / "results.csv", run.history)
         self.board = Board(folder / "logs", purge_step=run.epoch + 1 if run.epoch else None)
@@ -151,8 +152,8 @@ class Reporter:
 
         A disk that refuses is reported and the run goes on.
         """
-        folder, fingerprint = self.folder / "checkpoints", self.data.fingerprint
-        state = run.state_dict(self.config, fingerprint)
+        folder = self.folder / "checkpoints"
+        state = run.state_dict(self.config, self.data)
         files = {folder / "last.pt": state}
         if best:
             files[folder / "best.pt"] = run.best_state(self.config, self.data)
@@ -243,4 +244,7 @@ def describe(config: Config, data: DataSplits, run: RunState) -> None:
             most = kept * network.expected_cost(counted).dense / 1e6
             what = {"params": "parameters", "flops": "multiply-adds"}[counted]
             budget = f"the {what} (at most {most:,.2f} M expected), choosing among {units}"
-        announce(f"{config.method}: keeping {100 * kept:g} % of {budget}; {network.execution} execution")
+        keeping = f"keeping {100 * kept:g} % of {budget}"
+        if config.method == "dense":  # the channels of a subnet that it starts from
+            keeping = f"training {int(run.plan.mask_U.sum()):,} of {units}"
+        announce(f"{config.method}: {keeping}; {network.execution} execution")

@@ -12,6 +12,7 @@ from data import DataSplits
 from trainers.devices import device_name
 from trainers.state import RunState
 from utils.ranks.exchange import num_ranks
+from utils.run.folder import BEST, checkpoint_of
 
 FEW_IMAGES = 500  # of fewer held-out images the last lines warn
 KEPT = {  # what keep_ratio is a fraction of -> its words, and the number of the summary that says what is kept of it
@@ -37,8 +38,8 @@ def summarise(run: RunState, config: Config, data: DataSplits, folder: Path) -> 
         "set": config.data.set,
         "classes": data.num_classes,
         "method": config.method,
-        "keep_ratio": 1.0 if dense else config.sparsity.keep_ratio,
-        "budget": None if dense else config.sparsity.budget,
+        "keep_ratio": 1.0 if config.method == "dense" else config.sparsity.keep_ratio,
+        "budget": None if config.method == "dense" else config.sparsity.budget,
         "test_top1": best.test["top1"],
         "test_top5": best.test["top5"],
         "test_loss": best.test["loss"],
@@ -137,7 +138,7 @@ def result_lines(summary: dict[str, Any], config: Config) -> list[str]:
     )
     lines["run folder"] = s["run"]
     lines["curves"] = f"tensorboard --logdir {shlex.quote(config.run.log_dir)} --host 127.0.0.1"
-    lines["same number again"] = f"python main.py --evaluate --resume {run}"
+    lines["same number again"] = f"python main.py --evaluate --resume {shlex.quote(checkpoint_of(s['run'], BEST))}"
     if s["budget"] is not None:
         lines["take it home"] = f"python -m tools.export {run}"
     epochs = "1 epoch" if s["epochs"] == 1 else f"{s['epochs']} epochs"

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from args import Arguments, Config, check_resume, config_from_dict, config_to_yaml
+from args import OPTIONS, TWO_PHASE, Arguments, Config, check_resume, config_from_dict, config_to_dict, config_to_yaml
 from data import Augmentation, DataSplits, build_data
-from trainers.build import new_run, restore_model, restore_run
+from trainers.build import lengthen, new_run, restore_model, restore_run, with_layout_of_start
 from trainers.devices import check_ranks, find_device, gpus_to_start, starter
 from trainers.recipe import Diverged, Recipe, Stopped
 from trainers.report import Reporter, SilentReporter, describe
@@ -22,10 +22,21 @@ from trainers.result import accuracies, print_result
 from trainers.state import RunState
 from utils.channels.subnet import Subnet
 from utils.errors import UserError
+from utils.options import worded
 from utils.ranks.exchange import check_equal, first_on_each_machine, joined, num_ranks, rank, wait_for_all
 from utils.ranks.launch import become_torchrun
 from utils.run import checkpoint
-from utils.run.folder import create_run_folder, environment_facts, latest_run_folder, lock, resolve_run, write_facts
+from utils.run.folder import (
+    BEST,
+    LAST,
+    base_folder,
+    checkpoint_of,
+    create_run_folder,
+    environment_facts,
+    lock,
+    resolve_run,
+    write_facts,
+)
 from utils.run.progress import announce
 from utils.run.signals import StopRequest
 
@@ -75,6 +86,7 @@ class Session:
 
     def _begin(self, config: Config, device: torch.device) -> int:
         """A run from its first step."""
+        config = with_layout_of_start(config)
         data = load_data(config, device)
         run = new_run(config, data, device)
         describe(config, data, run)
@@ -87,6 +99,12 @@ class Session:
 
     def _go_on(self, stored: Stored, config: Config, device: torch.device) -> int:
         """A run from a checkpoint, or its evaluation."""
+        if config.run.evaluate:
+            return evaluate_stored(config, stored, device)
+        if "weight_optimizer" not in stored.state:
+            raise UserError(
+                f"{stored.file} holds what evaluation needs, not a whole run; resume from last.pt beside it"
+            )
         data = load_data(config, device)
         if data.fingerprint != stored.state["fingerprint"]:
             raise UserError(
@@ -94,23 +112,16 @@ class Session:
                 f"(fingerprint {data.fingerprint} instead of {stored.state['fingerprint']}); point --data at the same "
                 "files"
             )
-        fresh = replace(config, model=replace(config.model, pretrained=None))  # all weights come from the checkpoint
-        run = new_run(fresh, data, device)
-        if config.run.evaluate:
-            return evaluate_stored(config, data, run, stored)
-        if "weight_optimizer" not in stored.state:
-            raise UserError(
-                f"{stored.file} holds what evaluation needs, not a whole run; resume from last.pt beside it"
-            )
+        run = new_run(config, data, device, stored.state)
         restore_run(run, stored.state, config)
         describe(config, data, run)
+        if not lengthen(run, config):
+            raise UserError(finished(stored.folder, config))
         if config.run.dry_run:
             return dry_run(config, data, run)
-        if run.phase == "done":
-            raise UserError(
-                f"the run in {stored.folder} is finished; --evaluate --resume {stored.folder} prints its result"
-            )
         announce(f"going on from {stored.file}: {run.phase}, {run.epoch} epochs and {run.step} steps done")
+        if growth := growth_of(stored, config):
+            announce(growth)
         return self._train(config, data, run, stored.folder)
 
     def _train(self, config: Config, data: DataSplits, run: RunState, folder: Path | None) -> int:
@@ -125,7 +136,7 @@ class Session:
                 Recipe(config, data, run, reporter, stop).execute()
             except Stopped:
                 reporter.save(run)
-                how = shlex.join([*starter(config), "main.py", "--resume", str(folder)])
+                how = shlex.join([*starter(config), "main.py", "--resume", checkpoint_of(folder, LAST)])
                 announce(f"stopped after step {run.step} of epoch {run.epoch + 1}, saved; go on with: {how}")
                 code = stop.exit_code
             except Diverged as error:
@@ -163,28 +174,77 @@ def find_run(given: Config) -> Stored:
 
     Raises: UserError if there is none, or it is no checkpoint of a run.
     """
-    newest = given.run.resume == "auto"
-    where = latest_run_folder(given.run.log_dir, *folder_names(given)) if newest else given.run.resume
-    folder, file = resolve_run(where)
-    if given.run.evaluate and file.name == "last.pt" and (folder / "checkpoints" / "best.pt").exists():
-        file = file.with_name("best.pt")  # what the summary reports
+    where = given.run.resume
+    if where == "auto":
+        where = base_folder(given.run.log_dir, *folder_names(given))
+        if not where.is_dir():
+            raise UserError(
+                f"no run to resume in {where}; start one without --resume, or give its folder with --resume PATH"
+            )
+    folder, file = resolve_run(where, (BEST, LAST) if given.run.evaluate else (LAST,))  # the result is in BEST
     state = checkpoint.load(file)
     if "config" not in state:
         raise UserError(f"{file} is not a checkpoint of a run; pass a run folder or its checkpoints/last.pt")
     return Stored(folder, file, state)
 
 
-def evaluate_stored(config: Config, data: DataSplits, run: RunState, stored: Stored) -> int:
-    """Prints the test accuracy of a checkpoint's subnet.
+def finished(folder: Path, config: Config) -> str:
+    """What may be done with a finished run, for one that was to be resumed."""
+    best, last = (shlex.quote(checkpoint_of(folder, name)) for name in (BEST, LAST))
+    if config.finetunes:
+        longer = f"--finetune-epochs N with N above {config.finetune.finetune_epochs}"
+    elif config.method in TWO_PHASE:  # further epochs have nothing to train until its subnet is fine-tuned
+        longer = "--finetune --finetune-epochs N"
+    else:
+        longer = f"--epochs N with N above {config.train.epochs}"
+    return (
+        f"the run in {folder} is finished. --evaluate --resume {best} prints its result, --resume {last} {longer} "
+        f"trains it longer, and --pretrained {best} starts another run from it"
+    )
+
+
+def growth_of(stored: Stored, config: Config) -> str:
+    """What is longer than in the checkpoint, and the rule of the schedules; empty if nothing is."""
+    before, now = stored.state["config"], config_to_dict(config)
+    grown = [key for key, entry in OPTIONS.items() if entry.resumed == "may grow" and now[key] != before[key]]
+    if not grown:
+        return ""
+    told = ", ".join(f"{key} {worded(before[key])} -> {worded(now[key])}" for key in grown)
+    return (
+        f"longer than before: {told}. From here on learning rates and budget are those of a run of "
+        f"{config.total_epochs} epochs that had this length from the start; a search that has ended stays ended"
+    )
+
+
+def evaluate_stored(config: Config, stored: Stored, device: torch.device) -> int:
+    """Prints the test accuracy of a checkpoint's subnet, on the images of its run or on others of the same kind.
 
     A checkpoint from the middle of the search has no subnet yet. Then it is that of the highest scores, with batch-norm
     statistics from training images.
     """
-    network, state = run.network, stored.state
+    state = stored.state
+    has_subnet = state.get("subnet") is not None and "weight_optimizer" not in state
+    folders = [Path(folder).expanduser().resolve() for folder in (config.data.data, state["config"]["data"])]
+    elsewhere = folders[0] != folders[1]
+    data = load_data(config, device, test_only=elsewhere and has_subnet)
+    if data.fingerprint != state["fingerprint"]:
+        if not has_subnet:
+            raise UserError(
+                f"{stored.file} is no result with a subnet of its own, so it can only be evaluated on the images of "
+                "its run; pass the checkpoints/best.pt beside it, or the same images"
+            )
+        data = shown_as_trained(data, stored, config)
+        announce(
+            f"evaluating on other images than the run had: the {len(data.test):,} test images under "
+            f"{config.data.data}{'' if elsewhere else ', which have changed since'}, normalised with the mean and "
+            "standard deviation that it was trained with"
+        )
+    run = new_run(config, data, device, state)
+    network = run.network
     restore_model(network, state)
     recipe = Recipe(config, data, run, reporter=None, stop=None)
     run.phase = state["phase"]
-    if state.get("subnet") is not None and "weight_optimizer" not in state:
+    if has_subnet:
         subnet = Subnet.from_state_dict(state["subnet"], network.device)
     else:
         restore_run(run, state, config)
@@ -196,6 +256,27 @@ def evaluate_stored(config: Config, data: DataSplits, run: RunState, stored: Sto
         f"{100 * network.subnet_macs(plan) / network.dense_macs:.1f} % of the dense FLOPs"
     )
     return 0
+
+
+def shown_as_trained(data: DataSplits, stored: Stored, config: Config) -> DataSplits:
+    """Other test images, normalised as the run's own.
+
+    Raises: UserError if they have other classes, channels or another size.
+    """
+    trained, given = stored.state.get("images"), data.facts()
+    if trained is None:
+        raise UserError(
+            f"{stored.file} is from before checkpoints described their images, so it can only be evaluated on the "
+            f"images of its run, which are not those under --data {config.data.data}"
+        )
+    differing = [key for key in given if key not in ("mean", "std") and given[key] != trained[key]]
+    if differing:
+        told = "; ".join(f"{key} {given[key]} instead of {trained[key]}" for key in differing)
+        raise UserError(
+            f"the images under --data {config.data.data} are not of the kind that {stored.file} was trained on: "
+            f"{told}. Evaluation needs the same classes in the same order, channels and size"
+        )
+    return replace(data, test=replace(data.test, mean=tuple(trained["mean"]), std=tuple(trained["std"])))
 
 
 def dry_run(config: Config, data: DataSplits, run: RunState) -> int:
@@ -212,15 +293,20 @@ def dry_run(config: Config, data: DataSplits, run: RunState) -> int:
     return 0
 
 
-def load_data(config: Config, device: torch.device) -> DataSplits:
-    """The images, in the memory layout that is fast for convolutions."""
+def load_data(config: Config, device: torch.device, test_only: bool = False) -> DataSplits:
+    """The images, in the memory layout that is fast for convolutions.
+
+    Args:
+        test_only: nothing but the test images is needed; see `build_data`.
+    """
     settings = config.data
     with first_on_each_machine(settings.set not in ("ImageFolder", "ImageNet")):  # other sets may have to be fetched
         data = build_data(
             settings.set,
             settings.data,
-            holdout=settings.holdout,
-            train_images=settings.train_images,
+            holdout=0.0 if test_only else settings.holdout,
+            train_images=0 if test_only else settings.train_images,
+            test_only=test_only,
             image_size=settings.image_size,
             workers=settings.workers,
             device=device,
@@ -234,6 +320,6 @@ def load_data(config: Config, device: torch.device) -> DataSplits:
         ("batch_size", config.train.batch_size),
         ("finetune_batch_size", config.finetunes * config.finetune.finetune_batch_size),
     ):
-        if size > len(data.train):
+        if size > len(data.train) and not config.run.evaluate:
             raise UserError(f"{what} is {size}, but there are only {len(data.train)} training images; lower it")
     return data

@@ -94,6 +94,8 @@ class RunState:
         subnet: the fixed subnet that is trained; None during a search and for a dense network.
         epoch: finished epochs of all phases.
         step: finished steps of the epoch under way.
+        start_share: what the network that the run started from was of the whole one, in what the budget counts; below 1
+            for the subnet of another run. A falling budget falls from there.
         sums, epoch_cost, epoch_seconds: training metrics, arithmetic and time of the epoch under way.
         train_seconds: time of the training steps of all finished epochs.
         seconds: time of everything else in the recipe (evaluating, choosing, reporting, saving).
@@ -112,6 +114,7 @@ class RunState:
     subnet: Subnet | None = None
     epoch: int = 0
     step: int = 0
+    start_share: float = 1.0
     best: Best | None = None
     sums: MetricSums = field(default_factory=MetricSums)
     epoch_cost: CostLedger = field(default_factory=CostLedger)
@@ -158,11 +161,12 @@ class RunState:
                 tensors |= {name: value for name, value in named.items() if isinstance(value, Tensor)}
         return tensors
 
-    def model_state(self, config: Config, fingerprint: str) -> dict[str, Any]:
-        """What evaluation needs, whatever else a checkpoint holds."""
+    def model_state(self, config: Config, data: DataSplits) -> dict[str, Any]:
+        """What evaluation needs, whatever else a checkpoint holds; also on images that were not trained on."""
         return {
             "config": config_to_dict(config),
-            "fingerprint": fingerprint,
+            "fingerprint": data.fingerprint,
+            "images": data.facts(),
             "phase": self.phase,
             "epoch": self.epoch,
             "model": self.network.model.state_dict(),
@@ -175,22 +179,22 @@ class RunState:
         Beside its configuration this is all that somebody needs who takes the network home: the widths of its layers
         (kept output channels by name), the images that it reads, how accurate it is, and the epoch that it is from.
         """
-        network, stored = self.network, self.model_state(config, data.fingerprint)
+        network, stored = self.network, self.model_state(config, data)
         return {
             **stored,
             "model": {**stored["model"], **(self.average or {})},
-            "images": data.facts(),
             "widths": network.graph.layer_widths(network.plan(self.best.subnet.mask_U).counts),
             "subnet": self.best.subnet.state_dict(),
             "heldout": self.best.heldout,
             "test": self.best.test,
         }
 
-    def state_dict(self, config: Config, fingerprint: str) -> dict[str, Any]:
+    def state_dict(self, config: Config, data: DataSplits) -> dict[str, Any]:
         """Everything. A run restored from it goes on as if it had never stopped."""
         return {
-            **self.model_state(config, fingerprint),
+            **self.model_state(config, data),
             "step": self.step,
+            "start_share": self.start_share,
             "weight_optimizer": self.weight_optimizer.state_dict(),
             "subnet": self.subnet and self.subnet.state_dict(),
             "best": self.best and {**vars(self.best), "subnet": self.best.subnet.state_dict()},

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from models import build_model
-from models.pretrained import load_pretrained, torchvision_weights
+from models.pretrained import SubnetOfRun, find_subnet, load_pretrained, torchvision_weights
 from tests.toy import one_thread  # noqa: F401
 from utils.conv_type import sparsify, subnet_convs
 from utils.errors import UserError
@@ -104,11 +104,6 @@ def test_an_unknown_name_is_refused_with_the_nearest(name, nearest, downloads):
     ("model", "name", "message"),
     [
         (
-            lambda: network("resnet18", 10, 224),
-            NAME,
-            "the weights tell 1000 classes apart, but the data has 10; use data of 1000 classes",
-        ),
-        (
             lambda: network("resnet18", 1000, 224),
             "ResNet50_Weights.IMAGENET1K_V2",
             "layer1.0.conv3.weight is unknown; .*they are for torchvision's resnet50: width_mult 1",
@@ -121,7 +116,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(name, nearest, downloads):
         ),
         (lambda: small("vgg11", 1000, 224), "VGG11_Weights.DEFAULT", "for torchvision's vgg11: width_mult 1"),
     ],
-    ids=["classes", "arch", "width", "small images", "no batch-norms"],
+    ids=["arch", "width", "small images", "no batch-norms"],
 )
 def test_names_that_do_not_fit_are_refused_before_a_download(model, name, message, downloads):
     with pytest.raises(UserError, match=f"^--pretrained {name}: .*{message}"):
@@ -157,10 +152,33 @@ def test_a_file_goes_before_a_name(tmp_path, monkeypatch, downloads):
 
 
 @pytest.mark.parametrize(("arch", "image_size"), [("resnet20", 32), ("vgg11", 32), ("vgg11", 224), ("resnet18", 32)])
-def test_another_number_of_classes_is_said_as_such(arch, image_size, tmp_path):
-    path = saved({"model": small(arch, 10, image_size).state_dict()}, tmp_path / "ten.pt")
-    with pytest.raises(UserError, match="the weights tell 10 classes apart, but the data has 7; use data of 10"):
-        load_pretrained(small(arch, 7, image_size), path)
+def test_for_other_classes_all_but_the_head_is_taken_over(arch, image_size, tmp_path, capsys):
+    theirs, model = small(arch, 10, image_size), small(arch, 7, image_size)
+    for value in theirs.state_dict().values():
+        value += 1
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    path = saved({"model": theirs.state_dict()}, tmp_path / "ten.pt")
+    load_pretrained(model, path)
+    assert f"{path} tells 10 classes apart and the data have 7, so layer {model.head} starts" in capsys.readouterr().out
+    for name, value in model.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            expected = before if name.startswith(f"{model.head}.") else theirs.state_dict()
+            assert torch.equal(value, expected[name]), name
+
+
+def test_a_head_that_reads_another_width_does_not_fit(tmp_path):
+    theirs = small(num_classes=7).state_dict()
+    theirs["linear.weight"] = torch.zeros(7, 3)
+    with pytest.raises(UserError, match=r"linear.weight has shape \(7, 3\)"):
+        load_pretrained(small(), saved(theirs, tmp_path / "seven.pt"))
+
+
+def test_torchvisions_weights_start_a_network_for_ones_own_classes(cached, downloads, capsys):
+    model = network("resnet18", 10, 224)
+    load_pretrained(model, "ResNet18_Weights.DEFAULT")
+    assert torch.equal(model.conv1.weight, cached.conv1.weight)
+    assert "tells 1000 classes apart and the data have 10" in capsys.readouterr().out
+    assert not downloads
 
 
 def test_other_misfits_are_named_and_counted(tmp_path):
@@ -173,14 +191,36 @@ def test_other_misfits_are_named_and_counted(tmp_path):
         load_pretrained(small(), path)
 
 
-def test_a_checkpoint_whose_network_has_shrunk_is_no_start(tmp_path):
-    model, weights = small(), small().state_dict()
-    weights["conv1.weight"] += 1
-    load_pretrained(model, saved({"model": weights, "stored_units": torch.ones(12, dtype=bool)}, tmp_path / "all.pt"))
-    assert torch.equal(model.conv1.weight, weights["conv1.weight"])
-    path = saved({"model": weights, "stored_units": torch.arange(12) >= 3}, tmp_path / "last.pt")
-    with pytest.raises(UserError, match=r"3 of 12 units of that run are gone.*--resume.*--no-shrink"):
-        load_pretrained(small(), path)
+def test_what_a_file_stands_for_does_not_depend_on_which_units_happen_to_have_left(tmp_path, monkeypatch):
+    """The subnet of a run that lets units leave, else all weights."""
+    everything, some = torch.ones(12, dtype=bool), torch.arange(12) >= 3
+
+    def found(units: torch.Tensor, name: str = "best.pt", **config: object) -> SubnetOfRun | None:
+        stored = {"method": "vrpge", "execution": "compact", "shrink": True, **config}
+        state = {"model": {}, "stored_units": units, "config": stored, "subnet": {"mask": some}}
+        if name == "last.pt":
+            state |= {"weight_optimizer": {}, "subnet": None}
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        path = saved(state, tmp_path / "checkpoints" / name)
+        return find_subnet(path)
+
+    for units in (everything, some):
+        assert torch.equal(found(units).state["subnet"]["mask"], some)
+        assert found(units, method="thin") is not None
+        with pytest.raises(UserError, match=r"last.pt: it holds a run to go on with.*checkpoints/best.pt"):
+            found(units, "last.pt")
+    assert found(everything, shrink=False) is None
+    assert found(everything, "last.pt", shrink=False) is None
+    assert found(everything, execution="masked") is None
+    assert found(everything, method="released") is None
+    assert found(torch.ones(0, dtype=bool), method="dense") is None
+    assert found(some, shrink=False, method="thin") is not None
+    found(some)
+    for path in (".", str(tmp_path), "checkpoints/best.pt"):  # the result of a run folder
+        monkeypatch.chdir(tmp_path)
+        assert find_subnet(path).source.endswith("checkpoints/best.pt")
+    assert find_subnet("ResNet18_Weights.DEFAULT") is None
+    assert find_subnet(saved(small().state_dict(), tmp_path / "plain.pt")) is None
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ import pytest
 from utils.errors import UserError
 from utils.run import folder as run_folder
 from utils.run.folder import (
+    base_folder,
+    checkpoint_of,
     create_run_folder,
     environment_facts,
-    latest_run_folder,
     lock,
     resolve_run,
     write_csv,
@@ -65,7 +66,9 @@ def test_runs_of_one_name_are_numbered_and_the_latest_is_found(tmp_path: Path) -
     arguments = (tmp_path / "runs", "quickstart", "first", 0.5)
     for expected in (base, base / "1", base / "2"):
         assert create_run_folder(*arguments) == expected
-        assert latest_run_folder(*arguments) == expected
+        (expected / "checkpoints" / "last.pt").touch()
+        assert base_folder(*arguments) == base
+        assert resolve_run(base) == (expected, expected / "checkpoints" / "last.pt")
         assert (expected / "logs").is_dir()
         assert (expected / "checkpoints").is_dir()
 
@@ -74,7 +77,8 @@ def test_a_gap_is_not_filled_so_the_highest_number_is_the_newest_run(tmp_path: P
     base = create_run_folder(tmp_path, "config", "name", 0.5)
     (base / "10").mkdir()
     assert create_run_folder(tmp_path, "config", "name", 0.5) == base / "11"
-    assert latest_run_folder(tmp_path, "config", "name", 0.5) == base / "11"
+    (base / "11" / "checkpoints" / "last.pt").touch()
+    assert resolve_run(base)[0] == base / "11"
 
 
 def test_who_comes_second_by_a_moment_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,11 +140,6 @@ def test_a_log_dir_that_is_a_file_is_a_users_mistake(tmp_path: Path) -> None:
         create_run_folder(tmp_path / "runs", "config", "name", 0.5)
 
 
-def test_no_run_to_resume_says_where_it_looked(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=re.escape(str(tmp_path / "config" / "name" / "prune_rate=0.25"))):
-        latest_run_folder(tmp_path, "config", "name", 0.25)
-
-
 def test_a_run_is_found_by_its_folder_or_by_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = create_run_folder(tmp_path, "config", "name", 0.5)
     last, best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
@@ -152,8 +151,50 @@ def test_a_run_is_found_by_its_folder_or_by_a_checkpoint(tmp_path: Path, monkeyp
     last.touch()
     assert resolve_run(folder) == (folder, last)
     assert resolve_run(str(best)) == (folder, best)
+    assert resolve_run(folder, ("best.pt", "last.pt")) == (folder, best)
+    best.unlink()
+    assert resolve_run(folder, ("best.pt", "last.pt")) == (folder, last)
     monkeypatch.chdir(folder / "checkpoints")
-    assert resolve_run("best.pt") == (folder, Path("best.pt"))
+    assert resolve_run("last.pt") == (folder, Path("last.pt"))
+    monkeypatch.chdir(folder)
+    assert resolve_run("checkpoints/last.pt") == (Path(), Path("checkpoints/last.pt"))
+
+
+def test_of_several_runs_the_newest_is_taken_and_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The highest number below one run; above several, the one that has saved last. A file means itself."""
+    first, second, third = (create_run_folder(tmp_path, "config", "one", 0.5) for _ in range(3))
+    other = create_run_folder(tmp_path, "config", "two", 0.25)
+    for age, folder in enumerate((second, other, first, third)):  # the second run was the last to save
+        file = folder / "checkpoints" / "last.pt"
+        file.touch()
+        os.utime(file, (10_000 - age, 10_000 - age))
+
+    def taken(path: Path) -> tuple[Path, str]:
+        folder, file = resolve_run(path)
+        assert file == folder / "checkpoints" / "last.pt"
+        said = capsys.readouterr()
+        assert said.out == ""
+        return folder, said.err
+
+    folder, said = taken(first)
+    assert folder == third
+    assert f"taking {third}, the newest of 3 runs in {first}, by its number" in said
+    for parent, count in ((tmp_path, 4), (tmp_path / "config", 4), (tmp_path / "config" / "one", 3)):
+        folder, said = taken(parent)
+        assert folder == second
+        assert f"taking {second}, the newest of {count} runs in {parent}, by the time of its last.pt" in said
+    for alone in (second, third, other, tmp_path / "config" / "two"):
+        folder, said = taken(alone)
+        assert (folder, said) == (other if alone not in (second, third) else alone, "")
+    assert taken(Path(checkpoint_of(first, "last.pt"))) == (first, "")
+
+
+def test_a_folder_named_like_a_number_that_is_no_run_is_no_repeat(tmp_path: Path) -> None:
+    base = create_run_folder(tmp_path, "config", "7", 0.5)
+    (base / "checkpoints" / "last.pt").touch()
+    (base / "3").mkdir()
+    assert resolve_run(base)[0] == base
+    assert resolve_run(tmp_path / "config")[0] == base
 
 
 def test_a_path_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from utils.conv_type import PlainConv
 from utils.run import checkpoint
 
 CPU = torch.device("cpu")
-SHAPES = SimpleNamespace(image_size=32, num_classes=10, channels=3)
+SHAPES = SimpleNamespace(image_size=32, num_classes=10, channels=3, fingerprint="none", facts=dict)
 SMALL = ("--arch", "resnet20", "--width-mult", "0.125", "--batch-size", "4", "--device", "cpu")
 
 
@@ -203,7 +203,7 @@ def stored_run(tmp_path) -> tuple[Path, torch.Tensor]:
     scores_U = torch.rand(run.network.num_units, generator=torch.Generator().manual_seed(0))
     run.network.scores.data.copy_(scores_U)
     (tmp_path / "checkpoints").mkdir()
-    checkpoint.save(tmp_path / "checkpoints" / "last.pt", run.state_dict(config, "fingerprint"))
+    checkpoint.save(tmp_path / "checkpoints" / "last.pt", run.state_dict(config, SHAPES))
     return tmp_path, scores_U
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -75,7 +76,10 @@ def save_checkpoint(folder: Path, name: str, phase: str = "search", fingerprint:
         next(iter(run.network.layers.values())).weight.data.neg_()
     run.phase, run.epoch = phase, 3
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    checkpoint.save(folder / "checkpoints" / name, run.state_dict(settings, fingerprint or data.fingerprint))
+    checkpoint.save(
+        folder / "checkpoints" / name,
+        run.state_dict(settings, replace(data, fingerprint=fingerprint or data.fingerprint)),
+    )
     return folder
 
 

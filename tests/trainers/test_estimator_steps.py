@@ -109,12 +109,12 @@ def test_an_estimator_that_learns_resumes_bit_equal(name, tmp_path):
     take_steps(whole, settings, first=0, count=5)
     parts, _ = training_run(estimator=name)
     take_steps(parts, settings, first=0, count=3)
-    checkpoint.save(tmp_path / "last.pt", parts.state_dict(settings, "images"))
+    checkpoint.save(tmp_path / "last.pt", parts.state_dict(settings, data()))
     stored = checkpoint.load(tmp_path / "last.pt")
     resumed, _ = training_run(estimator=name)
     restore_run(resumed, stored, settings)
     take_steps(resumed, settings, first=3, count=2)
-    ends = [run.state_dict(settings, "images") for run in (whole, resumed)]
+    ends = [run.state_dict(settings, data()) for run in (whole, resumed)]
     assert checkpoint.differences(*ends) == []
     assert any(key.startswith("search.estimator.") for key in checkpoint.differences(stored, ends[1]))
     assert any(key.endswith("of the estimator") for key in whole.replicated())

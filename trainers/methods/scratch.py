@@ -19,9 +19,12 @@ from utils.seeds import RANDOM_MASK_STREAM, stream_seed
 
 
 class Dense(Method):
-    """The plain network."""
+    """The plain network; or all of the channels of a subnet that it starts from."""
 
     first_phase: ClassVar[str] = "dense"
+
+    def start(self, network: SparseNetwork, budget: Budget) -> np.ndarray | None:
+        return network.stored_units.copy() if network.num_units else None
 
 
 class Thin(Method):

@@ -15,6 +15,7 @@ import platform
 import shlex
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,12 @@ import numpy
 import torch
 
 from utils.errors import UserError
+from utils.ranks.launch import rank_here
+from utils.run.progress import announce
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 CPU_INFO = Path("/proc/cpuinfo")
+BEST, LAST = "best.pt", "last.pt"  # the result of a run, and what it is resumed from
 
 # What decides the speed and the rounding of a matrix product; /proc/cpuinfo lists some hundred more.
 CPU_FLAGS = [
@@ -47,7 +51,7 @@ def create_run_folder(log_dir: str | Path, config_stem: str, name: str, keep_rat
 
     Raises: UserError if `config_stem` or `name` is not a plain folder name, or the folder cannot be made.
     """
-    base = _base_folder(log_dir, config_stem, name, keep_ratio)
+    base = base_folder(log_dir, config_stem, name, keep_ratio)
     folder = base
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
@@ -67,47 +71,11 @@ def create_run_folder(log_dir: str | Path, config_stem: str, name: str, keep_rat
     return folder
 
 
-def latest_run_folder(log_dir: str | Path, config_stem: str, name: str, keep_ratio: float) -> Path:
-    """The highest-numbered run folder of this configuration; the unnumbered first run if it is the only one.
+def base_folder(log_dir: str | Path, config_stem: str, name: str, keep_ratio: float) -> Path:
+    """The folder that the first run of this configuration has, and below which later ones are numbered.
 
-    Raises: UserError if there is none.
+    Raises: UserError if `config_stem` or `name` is not a plain folder name.
     """
-    base = _base_folder(log_dir, config_stem, name, keep_ratio)
-    if repeats := _repeats(base):
-        return base / str(max(repeats))
-    if (base / "checkpoints").is_dir():
-        return base
-    raise UserError(f"no run to resume in {base}; start one without --resume, or give its folder with --resume PATH")
-
-
-def resolve_run(path: str | Path) -> tuple[Path, Path]:
-    """Find the run folder and the checkpoint file that `path` means.
-
-    Args:
-        path: a run folder (its `checkpoints/last.pt` is taken) or a checkpoint file inside one.
-    Returns: (run folder, checkpoint file); both exist.
-    Raises: UserError if one of them does not.
-    """
-    path = Path(path)
-    if path.is_dir():
-        folder, checkpoint = path, path / "checkpoints" / "last.pt"
-    elif path.is_file() and path.absolute().parent.name == "checkpoints":
-        folder, checkpoint = path.absolute().parent.parent, path
-    elif path.is_file():
-        raise UserError(
-            f"{path} is not in the checkpoints/ folder of a run; give a run folder, "
-            "or a file such as RUN/checkpoints/last.pt"
-        )
-    else:
-        raise UserError(f"{path} does not exist; give a run folder or a checkpoint file inside one")
-    if not checkpoint.is_file():
-        others = sorted(file.name for file in checkpoint.parent.glob("*.pt"))
-        found = f"it has {', '.join(others)}" if others else "it has no checkpoint at all"
-        raise UserError(f"{folder} has no checkpoints/last.pt ({found}); give a run folder or a checkpoint file")
-    return folder, checkpoint
-
-
-def _base_folder(log_dir: str | Path, config_stem: str, name: str, keep_ratio: float) -> Path:
     for label, part in (("config", config_stem), ("name", name)):
         if part in ("", ".", "..") or "/" in part or "\\" in part or not part.isprintable():
             raise UserError(
@@ -115,6 +83,63 @@ def _base_folder(log_dir: str | Path, config_stem: str, name: str, keep_ratio: f
                 "so leave out slashes"
             )
     return Path(log_dir) / config_stem / name / f"prune_rate={keep_ratio:g}"
+
+
+def resolve_run(path: str | Path, wanted: Sequence[str] = (LAST,)) -> tuple[Path, Path]:
+    """Find the run folder and the checkpoint file that `path` means.
+
+    A file means itself. A folder means the newest run in it: of numbered runs the one with the highest number, of a
+    folder above them the run that has saved last. If there are several, a line on standard error says which was taken.
+    So only its files lead to the first of several numbered runs.
+
+    Args:
+        path: a run folder, a folder above several runs, or a checkpoint file inside a run folder.
+        wanted: names of checkpoint files; of a run folder the first that exists is taken.
+    Returns: (run folder, checkpoint file); both exist.
+    Raises: UserError if one of them does not.
+    """
+    path = Path(path)
+    if path.is_file() and path.absolute().parent.name == "checkpoints":
+        return (path if path.parent.name == "checkpoints" else path.absolute()).parent.parent, path
+    if path.is_file():
+        raise UserError(
+            f"{path} is not in the checkpoints/ folder of a run; give a run folder, "
+            "or a file such as RUN/checkpoints/last.pt"
+        )
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; give a run folder or a checkpoint file inside one")
+    folder = _newest_run(path)
+    for name in wanted:
+        if (file := folder / "checkpoints" / name).is_file():
+            return folder, file
+    others = sorted(file.name for file in folder.glob("checkpoints/*.pt"))
+    found = f"it has {', '.join(others)}" if others else "it has no checkpoint at all"
+    raise UserError(f"{folder} has no checkpoints/{wanted[-1]} ({found}); give a run folder or a checkpoint file")
+
+
+def checkpoint_of(folder: str | Path, name: str) -> str:
+    """The path by which a message names a run: also where its folder means a newer one, this file means itself."""
+    return str(Path(folder) / "checkpoints" / name)
+
+
+def _newest_run(path: Path) -> Path:
+    """The newest run in a folder, which is announced if there are others; the folder itself if there is none."""
+    numbers = [number for number in _repeats(path) if (path / str(number) / "checkpoints").is_dir()]
+    is_run = (path / "checkpoints").is_dir()
+    if numbers:
+        newest, count = path / str(max(numbers)), len(numbers) + is_run
+        why = f"the newest of {count} runs in {path}, by its number"
+    elif is_run:
+        return path
+    else:
+        saved = {file.parent.parent: file.stat().st_mtime_ns for file in path.glob(f"**/checkpoints/{LAST}")}
+        if not saved:
+            return path
+        newest, count = max(saved, key=saved.__getitem__), len(saved)
+        why = f"the newest of {count} runs in {path}, by the time of its {LAST}"
+    if count > 1 and rank_here() == 0:
+        announce(f"taking {newest}, {why}", sys.stderr)  # standard output may be a config to train from
+    return newest
 
 
 def _repeats(base: Path) -> list[int]:
