@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import FINETUNE_STEPS, STEPS, Judge, Run, Save, Step, kept_mask, make_images, run, scores_of
+from trainers.result import last_epoch, origin
 from utils.run.checkpoint import differences
 
 OTHERS = 3  # drawn candidates
@@ -200,9 +201,20 @@ def test_a_state_that_exceeds_the_final_budget_is_no_candidate(images, tmp_path)
     assert budgets[2:] == [0.5, 0.5]
 
 
+def test_fine_tuning_that_never_improves_leaves_the_end_of_the_search_as_the_result(images, tmp_path):
+    def script(part: str, number: int) -> tuple[float, float]:
+        return {"heldout": 50.0, "test": 30.0}[part] - number, 1.0
+
+    done, _ = judged(tmp_path, images, script, epochs=1, finetune_epochs=2, num_subnets=0)
+    reason = "epoch 1 of 3, the end of the search: fine-tuning did not improve on held-out images"
+    assert origin(done.summary) == reason
+    assert last_epoch(done.summary) == "48.00 % on held-out and 28.00 % on test images; it is not the result"
+
+
 def test_without_held_out_images_the_last_epoch_is_the_result(images, tmp_path):
     done = run(tmp_path, images, "--no-finetune", method="thin", holdout=0)
     assert (done.summary["best_epoch"], done.summary["heldout_top1"]) == (2, None)
+    assert origin(done.summary) == "epoch 2 of 2, the last one: no images are held out to choose another"
     assert is_best(done) == [True, True]
     assert all(math.isnan(float(row["heldout_top1"] or "nan")) for row in done.rows)
 

@@ -197,7 +197,6 @@ def test_the_summary_knows_where_the_result_is_from_and_what_the_last_epoch_has(
 
 
 def test_training_flops_are_told_without_and_with_padding(done):
-    """Held-out images count as often as they choose; test images never."""
     ledger = done.load("last.pt")["ledger"]
     for name, key in (("executed", "train_flops_ratio"), ("padded", "train_flops_ratio_padded")):
         assert done.summary[key] == ledger[name] / ledger["dense"]
