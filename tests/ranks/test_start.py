@@ -157,7 +157,8 @@ def test_an_error_is_said_once_and_with_its_rank_where_there_are_several(
         assert said.err == ("rank 1: error: it went wrong\n" if on_one_rank else "")  # else rank 0 says it
     else:
         assert said.err == "error: it went wrong\n"
-    assert said.out == ("" if several else "said to the standard output\n")
+    assert said.out.splitlines()[1:] == ([] if several else ["said to the standard output"])
+    assert (said.out == "") == several
 
 
 def test_who_may_be_the_only_one_to_know():
