@@ -23,32 +23,26 @@ from utils.channels.plain import PlainNetwork, plain_network
 from utils.channels.subnet import Subnet
 from utils.errors import UserError
 from utils.run import checkpoint
+from utils.run.folder import BEST, LAST, checkpoint_of, resolve_run
 
 CPU = torch.device("cpu")
 RANDOM_IMAGES = 64
 
 
 def find_result(path: Path) -> tuple[Path, Path]:
-    """The run folder and the best.pt that a path means.
+    """The run folder and the best.pt that a path means, by the rule of `resolve_run`.
 
     Raises: UserError if there is no such file.
     """
-    if path.is_file():
-        inside = path.absolute().parent
-        return inside.parent if inside.name == "checkpoints" else inside, path
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a run folder or a best.pt")
-    file = path / "checkpoints" / "best.pt"
-    if not file.is_file() and (path / "checkpoints").is_dir():
+    if path.is_file() and path.absolute().parent.name != "checkpoints":  # a copy of a best.pt
+        return path.absolute().parent, path
+    folder, file = resolve_run(path, (BEST, LAST))
+    if file.name == LAST:
         raise UserError(
-            f"the run in {path} has no checkpoints/best.pt yet: it is written once a subnet has been chosen; finish "
-            f"the run with `python main.py --resume {path}`"
+            f"the run in {folder} has no checkpoints/{BEST} yet: it is written once a subnet has been chosen; finish "
+            f"the run with `python main.py --resume {checkpoint_of(folder, LAST)}`"
         )
-    if not file.is_file():
-        raise UserError(
-            f"{path} is no run folder: it has no checkpoints/best.pt; give the folder that the run has named"
-        )
-    return path, file
+    return folder, file
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def print_result(summary: dict[str, Any], config: Config) -> None:
 
 def result_lines(summary: dict[str, Any], config: Config) -> list[str]:
     """The last lines of a run: what was kept and why, how good it is, what it cost, and what to do next."""
-    s, run = summary, shlex.quote(summary["run"])
+    s, best = summary, shlex.quote(checkpoint_of(summary["run"], BEST))
     test = {name: s[f"test_{name}"] for name in ("top1", "top5")}
     padding = "with padding" if s["execution"] in ("compact", "dense") else f"with {s['execution']} execution"
     lines = {"result from": origin(s)}
@@ -138,9 +138,9 @@ def result_lines(summary: dict[str, Any], config: Config) -> list[str]:
     )
     lines["run folder"] = s["run"]
     lines["curves"] = f"tensorboard --logdir {shlex.quote(config.run.log_dir)} --host 127.0.0.1"
-    lines["same number again"] = f"python main.py --evaluate --resume {shlex.quote(checkpoint_of(s['run'], BEST))}"
+    lines["same number again"] = f"python main.py --evaluate --resume {best}"
     if s["budget"] is not None:
-        lines["take it home"] = f"python -m tools.export {run}"
+        lines["take it home"] = f"python -m tools.export {best}"
     epochs = "1 epoch" if s["epochs"] == 1 else f"{s['epochs']} epochs"
     return [f"trained {s['arch']} on {s['set']}: {epochs}", *(f"{name:17}  {text}" for name, text in lines.items())]
 

@@ -301,10 +301,12 @@ def test_another_test_accuracy_than_stored_is_refused(trained, tmp_path, capsys)
 
 def test_paths_that_are_no_result(trained, tmp_path, capsys):
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "unfinished" / "checkpoints" / "last.pt").touch()
     assert "no checkpoints/best.pt yet" in error_of(capsys, tmp_path / "unfinished")
     assert "--resume" in error_of(capsys, tmp_path / "unfinished")
     assert "does not exist" in error_of(capsys, tmp_path / "nowhere")
-    assert "is no run folder" in error_of(capsys, tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "it has no checkpoint at all" in error_of(capsys, tmp_path / "empty")
     assert "is not the result of a run" in error_of(capsys, trained.folder / "checkpoints" / "last.pt")
 
 

@@ -62,8 +62,8 @@ def test_every_number_stands_where_it_belongs():
         "time": "2 h 5 min: 1 h 1 min of training steps, 1 h 3 min of evaluating, choosing and saving",
         "run folder": "my runs/a",
         "curves": "tensorboard --logdir 'my runs' --host 127.0.0.1",
-        "same number again": "python main.py --evaluate --resume 'my runs/a'",
-        "take it home": "python -m tools.export 'my runs/a'",
+        "same number again": "python main.py --evaluate --resume 'my runs/a/checkpoints/best.pt'",
+        "take it home": "python -m tools.export 'my runs/a/checkpoints/best.pt'",
     }
 
 
