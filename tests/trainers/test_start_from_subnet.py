@@ -13,6 +13,7 @@ from data import DataSplits
 from main import main
 from tests.tiny import STEPS, TINY, Run, kept_mask, make_images, run
 from trainers.build import make_network, new_run, restore_model, with_layout_of_start
+from trainers.methods import make_method
 from trainers.session import load_data
 from trainers.state import RunState
 from utils.channels.network import SparseNetwork
@@ -201,3 +202,15 @@ def test_a_run_that_keeps_all_weights_stands_for_them(images, data, tmp_path):
         assert new.network.num_units == 0
         model = source.load(Path(file or "best.pt").name)["model"]
         assert torch.equal(new.network.model.conv1.weight, model["conv1.weight"])
+
+
+def test_pruning_keeps_of_a_layer_at_most_what_the_subnet_has(images, data, sources):
+    new = started(images, data, sources["random"], method="l1", keep_ratio=0.45)
+    mask_U = make_method(config_of(images, sources["random"], method="l1", keep_ratio=0.45)).mask(new, 0.45)
+    assert not (mask_U & ~new.network.stored_units).any()
+    scarce = 0
+    for layer in new.network.unit_groups():
+        wanted, there = max(1, round(0.45 * (layer.stop - layer.start))), int(new.network.stored_units[layer].sum())
+        assert mask_U[layer].sum() == min(wanted, there)
+        scarce += there < wanted
+    assert scarce
