@@ -206,6 +206,32 @@ def test_what_works_in_place_and_odd_names():
     assert "F.elu(self.zero_grad_(images), alpha=0.7)" in plain.source
 
 
+class SharedConv(nn.Module):
+    """A convolution that runs twice with a batch-norm of its own each time, and a sum that no call encloses."""
+
+    LAYERS = ("stem", "conv")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.bn1(self.conv(x))
+        x = self.bn2(self.conv(x))
+        return self.linear((x + y).mean((2, 3)))
+
+
+def test_a_layer_that_runs_twice_and_a_sum_that_no_call_encloses():
+    net = randomise(SharedConv(), seed=3).double()
+    for share in (0.5, 1.0):
+        plain = check(net, SharedConv.LAYERS, share)
+        assert plain.source.count("self.conv = ") == 1
+
+
 def test_the_text_is_what_one_would_write():
     layers = NETWORKS["released"].LAYERS
     kept = {

@@ -91,7 +91,9 @@ def test_numbers_are_those_of_the_run(trained, tmp_path, capsys):
     costs, state = facts["costs"], trained.load("best.pt")
     for name, key in (("multiply_adds", "flops_ratio"), ("parameters", "params_kept")):
         assert costs["exported"][name] / costs["dense"][name] == pytest.approx(summary[key], abs=1e-12)
-    assert costs["masked"]["multiply_adds"] == costs["dense"]["multiply_adds"]
+    full = Result.read(trained.folder).full
+    for name, expected in (("multiply_adds", full.dense_macs), ("parameters", full.dense_parameters)):
+        assert costs["masked"][name] == costs["dense"][name] == expected
     weights = folder / exported.weights_file()
     assert costs["exported"]["bytes"] == weights.stat().st_size < costs["dense"]["bytes"]
     assert facts["widths"] == state["widths"]
