@@ -15,6 +15,7 @@ from utils.errors import UserError
 IMAGENET_CLASSES = 1000
 
 _SHUFFLE_SEED = 0
+_FOLDERS_NAMED = 5  # in a message
 
 # Pillow refuses images of more than 179 million pixels, but only warns of more than 89 million. Here both are refused,
 # in all threads and in all processes that decode.
@@ -133,7 +134,26 @@ def _existing(name: str, root: Path, *parts: str) -> Path:
         if (root / part).is_dir():
             return root / part
     wanted = " or ".join(f"{part}/" for part in parts)
-    raise UserError(f"{name}: {root} holds no folder {wanted}; expected {root / parts[0]}/<class>/<image files>")
+    raise UserError(
+        f"{name}: {root} holds no folder {wanted}; expected {root / parts[0]}/<class>/<image files>, found "
+        f"{_content(root)}. {_ADVICE[parts[0]]}"
+    )
+
+
+# What to do where a part is missing.
+_ADVICE = {
+    "train": "Give the folder that holds train/ with --data, or sort the images into train/<class>/ and test/<class>/",
+    "test": "Move some images of every class into test/<class>/, such as every fifth; they measure the trained network",
+    "val": "Put the validation images there, in one folder per class",
+}
+
+
+def _content(folder: Path) -> str:
+    """What a folder holds, in words: its first folders by name, and how many files."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    folders = [f"{entry.name}/" for entry in entries if entry.is_dir()]
+    more = f" and {len(folders) - _FOLDERS_NAMED} more" if len(folders) > _FOLDERS_NAMED else ""
+    return f"folders: {', '.join(folders[:_FOLDERS_NAMED]) or 'none'}{more}; files: {len(entries) - len(folders)}"
 
 
 def _list(name: str, folder: Path) -> ClassFolder:

@@ -95,11 +95,29 @@ def test_pixels_keep_their_places(tmp_path):
 def test_image_folder_without_root_or_parts(tmp_path):
     with pytest.raises(UserError, match=r"there is no folder .*absent"):
         build_data("ImageFolder", tmp_path / "absent")
-    with pytest.raises(UserError, match=r"holds no folder train/; expected"):
+    with pytest.raises(
+        UserError, match=r"holds no folder train/; expected \S+/train/<class>.* folders: none; files: 0"
+    ):
         build_data("ImageFolder", tmp_path)
     make_folders(tmp_path, "testing")
-    with pytest.raises(UserError, match=r"holds no folder test/ or val/; expected"):
+    (tmp_path / "labels.csv").touch()
+    with pytest.raises(UserError) as error:
         build_data("ImageFolder", tmp_path)
+    assert str(error.value) == (
+        f"ImageFolder: {tmp_path} holds no folder test/ or val/; expected {tmp_path}/test/<class>/<image files>, found "
+        "folders: testing/, train/; files: 1. Move some images of every class into test/<class>/, such as every fifth; "
+        "they measure the trained network"
+    )
+
+
+def test_class_folders_without_parts_are_named(tmp_path):
+    for name in "gcbfade":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "image.png").touch()
+    with pytest.raises(UserError) as error:
+        build_data("ImageFolder", tmp_path)
+    assert "found folders: a/, b/, c/, d/, e/ and 2 more; files: 0. Give the folder that" in str(error.value)
+    assert "or sort the images into train/<class>/ and test/<class>/" in str(error.value)
 
 
 def test_image_folder_without_classes_or_images(tmp_path):
