@@ -37,7 +37,7 @@ def find_result(path: Path) -> tuple[Path, Path]:
     if path.is_file() and path.absolute().parent.name != "checkpoints":  # a copy of a best.pt
         return path.absolute().parent, path
     folder, file = resolve_run(path, (BEST, LAST))
-    if file.name == LAST:
+    if path.is_dir() and file.name == LAST:
         raise UserError(
             f"the run in {folder} has no checkpoints/{BEST} yet: it is written once a subnet has been chosen; finish "
             f"the run with `python main.py --resume {checkpoint_of(folder, LAST)}`"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from args import SETS
-from data import build_data, sources, split_holdout
+from data import HOLDOUT, HOLDOUT_FROM, build_data, sources, split_holdout
 from tests.data.samples import make_folders, write_cifar, write_idx_files
 from utils.errors import UserError
 
@@ -29,6 +29,18 @@ def test_no_holdout():
     train, held_out = split_holdout(np.array([0, 1, 1]), 0.0, ("a", "b"))
     assert train.tolist() == [0, 1, 2]
     assert held_out.tolist() == []
+
+
+def test_a_tenth_is_held_out_by_rule_from_5000_images_on(tmp_path, monkeypatch):
+    assert (HOLDOUT, HOLDOUT_FROM) == (0.1, 5000)
+    make_folders(tmp_path, per_class=10)
+    monkeypatch.setattr("data.HOLDOUT_FROM", 20)
+    some = build_data("ImageFolder", tmp_path, holdout=None)
+    assert (len(some.train), len(some.holdout), some.holdout_fraction) == (18, 2, 0.1)
+    monkeypatch.setattr("data.HOLDOUT_FROM", 21)
+    none = build_data("ImageFolder", tmp_path, holdout=None)
+    assert (len(none.train), len(none.holdout), none.holdout_fraction) == (20, 0, 0.0)
+    assert build_data("ImageFolder", tmp_path, holdout=0.4).holdout_fraction == 0.4
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.1, 0), (0.9, 3)])
