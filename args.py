@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from utils.choices import (
     ARCHS,
@@ -27,6 +27,7 @@ from utils.choices import (
 from utils.errors import UserError
 from utils.option_text import CommandLine, read_dict, read_yaml, to_yaml
 from utils.options import (
+    AUTO,
     Removed,
     Rule,
     Setting,
@@ -151,8 +152,11 @@ class DataConfig:
     data: str = option(
         "dataset", "folder of the data sets", metavar="PATH", needs=NOT_BUNDLED, common=True, resumed="may change"
     )
-    holdout: float = option(
-        0.1, "fraction of the training images held out to choose subnets", within="[0, 0.5]", hint=NOT_A_PERCENTAGE
+    holdout: float | Literal["auto"] = option(
+        0.1,
+        "fraction of the training images held out to choose subnets; auto: by their number",
+        within="[0, 0.5]",
+        hint=NOT_A_PERCENTAGE,
     )
     train_images: int = option(
         0, "use N training images, the same for every seed, classes in proportion; 0 takes all", within="[0, inf)"
@@ -366,13 +370,29 @@ class SparsityConfig:
 class TrainConfig:
     """the search: weights and scores together."""
 
-    epochs: int = option(300, "epochs of the search", within="[1, inf)", common=True, resumed="may grow")
-    batch_size: int = option(256, "images in a step, of all processes together", within="[2, inf)", common=True)
+    epochs: int | Literal["auto"] = option(
+        300,
+        "epochs of the search; auto: by the number of training images",
+        within="[1, inf)",
+        common=True,
+        resumed="may grow",
+    )
+    batch_size: int | Literal["auto"] = option(
+        256,
+        "images in a step, of all processes together; auto: by the number of training images",
+        within="[2, inf)",
+        common=True,
+    )
     optimizer: str = option(
         "adam", "optimizer of the scores (that of the weights is SGD)", choices=("adam", "sgd"), read_by=SCORED
     )
-    score_lr: float = option(
-        12e-3, "learning rate of the scores", within="(0, inf)", aliases=("lr",), read_by=SCORED, common=True
+    score_lr: float | Literal["auto"] = option(
+        12e-3,
+        "learning rate of the scores; auto: by the number of steps",
+        within="(0, inf)",
+        aliases=("lr",),
+        read_by=SCORED,
+        common=True,
     )
     weight_lr: float = option(
         0.1, "learning rate of the weights", within="(0, inf)", aliases=("weight_opt_lr",), common=True
@@ -399,7 +419,10 @@ class TrainConfig:
     )
 
     RULES: ClassVar = (
-        Rule(lambda t: t.warmup_length >= t.epochs, "{warmup_length} must be below {epochs}: both count epochs"),
+        Rule(
+            lambda t: t.epochs != AUTO and t.warmup_length >= t.epochs,
+            "{warmup_length} must be below {epochs}: both count epochs",
+        ),
         Rule(lambda t: t.nesterov and t.momentum == 0, "{nesterov} needs a momentum above 0, got {momentum}"),
     )
 
@@ -413,9 +436,9 @@ class FinetuneConfig:
     finetune: bool = option(
         True, "train the chosen subnet's weights after the search", read_by=(), needs={}, resumed="may grow"
     )
-    finetune_epochs: int = option(
+    finetune_epochs: int | Literal["auto"] = option(
         40,
-        "epochs of fine-tuning; methods without a search train for as many more",
+        "epochs of fine-tuning; methods without a search train for as many more; auto: half as many as the search",
         within="[1, inf)",
         read_by=(),
         common=True,
@@ -429,7 +452,9 @@ class FinetuneConfig:
     finetune_lr: float = option(
         1e-3, "learning rate of fine-tuning", within="(0, inf)", needs={"finetune_policy": ("constant",)}
     )
-    finetune_batch_size: int = option(128, "images in a step of fine-tuning", within="[2, inf)")
+    finetune_batch_size: int | Literal["auto"] = option(
+        128, "images in a step of fine-tuning; auto: batch_size", within="[2, inf)"
+    )
     num_subnets: int = option(
         10,
         "subnets drawn as candidates beside the one of the highest scores",
@@ -437,8 +462,11 @@ class FinetuneConfig:
         read_by=SCORED,
         needs={},
     )
-    sample_from_training_set: bool = option(
-        False, "choose among candidates on training images instead of held-out ones", read_by=SCORED, needs={}
+    sample_from_training_set: bool | Literal["auto"] = option(
+        False,
+        "choose among candidates on training images instead of held-out ones; auto: if none are held out",
+        read_by=SCORED,
+        needs={},
     )
     bn_batches: int = option(
         50, "training batches used to re-estimate batch-norm statistics", within="[1, 10000]", needs={}
@@ -595,16 +623,19 @@ def check_resume(stored: Config, arguments: Arguments) -> Config:
     The command line may raise the length of a run (`epochs`, `finetune_epochs`, `finetune` from off to on). It may also
     give options that the run has not read so far, such as those of fine-tuning to a run that had none.
 
+    What is `auto` was settled when the run began, so it agrees with any stored value.
+
     Raises: UserError that lists every explicitly given key which differs from the stored run.
     """
     before, now = config_to_dict(stored), config_to_dict(arguments.config)
     origin = arguments.origin
     explicit = {key for key in OPTIONS if origin[key] != "default"}
     flags = {key for key in OPTIONS if origin[key] == "command line"}
-    grown = {key for key in flags if OPTIONS[key].resumed == "may grow" and now[key] > before[key]}
+    longer = [key for key in flags if OPTIONS[key].resumed == "may grow" and now[key] != AUTO]
+    grown = {key for key in longer if now[key] > before[key]}
     new = {key for key in flags if OPTIONS[key].resumed != "this command" and why_unread(OPTIONS, before, key)}
     kept = [key for key in OPTIONS if OPTIONS[key].resumed in ("stored", "may grow") and key not in grown | new]
-    conflicts = [key for key in kept if key in explicit and before[key] != now[key]]
+    conflicts = [key for key in kept if key in explicit and now[key] not in (before[key], AUTO)]
     if conflicts:
         listed = "; ".join(f"{key}: stored {before[key]}, given {now[key]} ({origin[key]})" for key in conflicts)
         lengths = [flag_of(key) for key in conflicts if OPTIONS[key].resumed == "may grow"]

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from args import OPTIONS, Config, config_from_dict, config_to_dict, parse_args
 from tools.command_line import ToolParser, aligned, exit_code_of, headline, whole_number
+from trainers.automatic import check_settled
 from trainers.build import new_run
 from trainers.default import StepResult, StepSettings, draw_masks
 from trainers.devices import find_device
@@ -85,6 +86,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         config = config_from_dict(stored | given, settings.scores)
     if not make_method(config).has_scores:
         raise UserError(f"method {config.method} has no scores to draw masks from; pass --method vrpge")
+    check_settled(config, "the bench")
     return settings, replace(config, model=replace(config.model, pretrained=None))
 
 

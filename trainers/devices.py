@@ -8,6 +8,7 @@ import torch
 
 from args import Config
 from utils.errors import UserError
+from utils.options import AUTO
 from utils.ranks.launch import local_rank, num_local_ranks, num_started
 from utils.run.progress import announce
 
@@ -80,7 +81,7 @@ def check_ranks(config: Config, flags: Collection[str]) -> None:
     if config.finetunes:
         sizes["finetune_batch_size"] = config.finetune.finetune_batch_size
     for what, size in sizes.items():
-        if size < 2 * ranks:
+        if size != AUTO and size < 2 * ranks:
             raise UserError(
                 f"{what} {size} is the total of {ranks} processes and leaves less than the 2 images for each that "
                 f"batch-norm needs; pass at least {2 * ranks}"

@@ -14,6 +14,7 @@ import torch
 
 from args import OPTIONS, TWO_PHASE, Arguments, Config, check_resume, config_from_dict, config_to_dict, config_to_yaml
 from data import Augmentation, DataSplits, build_data
+from trainers.automatic import settled, undecided
 from trainers.build import lengthen, new_run, restore_model, restore_run, with_layout_of_start
 from trainers.devices import check_ranks, find_device, gpus_to_start, starter
 from trainers.recipe import Diverged, Recipe, Stopped
@@ -22,7 +23,7 @@ from trainers.result import accuracies, print_result
 from trainers.state import RunState
 from utils.channels.subnet import Subnet
 from utils.errors import UserError
-from utils.options import worded
+from utils.options import AUTO, worded
 from utils.ranks.exchange import check_equal, first_on_each_machine, joined, num_ranks, rank, wait_for_all
 from utils.ranks.launch import become_torchrun
 from utils.run import checkpoint
@@ -88,6 +89,8 @@ class Session:
         """A run from its first step."""
         config = with_layout_of_start(config)
         data = load_data(config, device)
+        config = settled(config, data)
+        check_ranks(config, [])  # again, for what was chosen
         run = new_run(config, data, device)
         describe(config, data, run)
         if config.run.dry_run:
@@ -153,10 +156,13 @@ class Session:
 
     def _write_facts(self, config: Config, folder: Path, device: torch.device) -> None:
         """Options, command and environment of this start. The options written train a new run, they do not resume."""
-        origin = None if config.run.resume else self.arguments.origin
+        by_rule = undecided(config_to_dict(self.arguments.config))
+        origin = {key: f"{place}, auto" if key in by_rule else place for key, place in self.arguments.origin.items()}
         write_facts(
             folder,
-            config_yaml=config_to_yaml(replace(config, run=replace(config.run, resume=None)), origin),
+            config_yaml=config_to_yaml(
+                replace(config, run=replace(config.run, resume=None)), None if config.run.resume else origin
+            ),
             command=[*starter(config), *self.command],
             environment=environment_facts(device) | {"ranks": num_ranks()},
         )
@@ -304,7 +310,7 @@ def load_data(config: Config, device: torch.device, test_only: bool = False) -> 
         data = build_data(
             settings.set,
             settings.data,
-            holdout=0.0 if test_only else settings.holdout,
+            holdout=0.0 if test_only else None if settings.holdout == AUTO else settings.holdout,
             train_images=0 if test_only else settings.train_images,
             test_only=test_only,
             image_size=settings.image_size,
@@ -318,8 +324,8 @@ def load_data(config: Config, device: torch.device, test_only: bool = False) -> 
     data.train.augmentation = Augmentation(settings.rand_augment, settings.mixup, settings.cutmix, data.num_classes)
     for what, size in (
         ("batch_size", config.train.batch_size),
-        ("finetune_batch_size", config.finetunes * config.finetune.finetune_batch_size),
+        ("finetune_batch_size", config.finetune.finetune_batch_size if config.finetunes else AUTO),
     ):
-        if size > len(data.train) and not config.run.evaluate:
+        if size != AUTO and size > len(data.train) and not config.run.evaluate:
             raise UserError(f"{what} is {size}, but there are only {len(data.train)} training images; lower it")
     return data

@@ -11,6 +11,7 @@ import yaml
 
 from utils.errors import UserError
 from utils.options import (
+    AUTO,
     METAVARS,
     NULL_SCALARS,
     Given,
@@ -232,7 +233,7 @@ def _metavar(entry: Option) -> str:
     choices = "|".join(entry.choices)
     if 0 < len(choices) <= SHORT_CHOICES:
         return choices
-    return entry.metavar or METAVARS[entry.kind]
+    return entry.metavar or f"{METAVARS[entry.kind]}{f'|{AUTO}' * entry.auto}"
 
 
 def _help_text(entry: Option) -> str:

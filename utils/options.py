@@ -16,10 +16,11 @@ import string
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from utils.errors import UserError
 
+AUTO = "auto"  # the value of an option until the program knows enough to choose it
 NONE_WORDS = ("None", "none")  # plain null, ~ and nothing at all are recognised by the YAML reader
 NULL_SCALARS = ("", "~", "null", "Null", "NULL")
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -36,19 +37,21 @@ METAVARS = {bool: "on|off", int: "N", float: "X", str: "NAME"}
 class Option:
     """One key of the flat namespace: its type (bool, int, float or str), what it accepts and who reads it.
 
-    choices: the words allowed. within: an interval as text, such as "(0, 1]" or "[1, inf)". check: returns
-    None for an allowed value, else what it "must be". hint: added when a number lies outside `within`.
-    aliases: other names, accepted everywhere. metavar: what `--help` prints for the value, default_text for a
-    default that is decided later. bare: the text meant when the flag is given without a value.
-    read_by: the methods that read it; nothing for all of them. needs: values of other options without which nothing
-    reads it. common: shown by a plain `--help`. resumed: whether a run that is resumed keeps its "stored" value, or
-    the value "may change" or "may grow", or belongs to "this command" and is never taken from the stored run.
+    optional: whether it may be None. auto: whether it may be `AUTO`. Its type says both. choices: the words allowed.
+    within: an interval as text, such as "(0, 1]" or "[1, inf)". check: returns None for an allowed value, else what it
+    "must be". hint: added when a number lies outside `within`. aliases: other names, accepted everywhere. metavar: what
+    `--help` prints for the value, default_text for a default that is decided later. bare: the text meant when the flag
+    is given without a value. read_by: the methods that read it; nothing for all of them. needs: values of other options
+    without which nothing reads it. common: shown by a plain `--help`. resumed: whether a run that is resumed keeps its
+    "stored" value, or the value "may change" or "may grow", or belongs to "this command" and is never taken from the
+    stored run.
     """
 
     key: str
     group: str
     kind: type
     optional: bool
+    auto: bool
     default: Any
     help: str
     choices: tuple[str, ...] = ()
@@ -140,8 +143,8 @@ def options_of(config_class: type, removed: Mapping[str, Removed] | None = None)
             kinds = typing.get_args(hints[item.name]) or (hints[item.name],)
             limits = {**getattr(group.type, "DEFAULTS", {}), **item.metadata}
             limits |= {key: tuple(limits[key]) for key in ("choices", "read_by") if key in limits}
-            optional = type(None) in kinds
-            entries.append(Option(item.name, group.name, kinds[0], optional, item.default, **limits))
+            optional, auto = type(None) in kinds, Literal[AUTO] in kinds
+            entries.append(Option(item.name, group.name, kinds[0], optional, auto, item.default, **limits))
     return Options(entries, removed or {})
 
 
@@ -198,6 +201,8 @@ def convert(entry: Option, given: Given) -> Any:
         if entry.optional:
             return None
         raise _refusal(entry, given, _allowed(entry), "nothing (null)")
+    if entry.auto and given.text == AUTO:
+        return AUTO
     if given.quoted and entry.kind is int:
         raise _refusal(entry, given, _allowed(entry), f"the text {shown(given.text)}", "write it without quotes")
     try:
@@ -241,17 +246,16 @@ def _inside(interval: str, value: float) -> bool:
 
 def range_words(interval: str) -> str:
     """An interval in words."""
-    low, high = interval[1:-1].split(", ")
-    if high == "inf":
-        return f"at least {low}" if interval[0] == "[" else f"above {low}"
+    if interval.endswith("inf)"):
+        return f"{'at least' if interval[0] == '[' else 'above'} {interval[1:].split(',')[0]}"
     return f"in {interval}"
 
 
 def _allowed(entry: Option) -> str:
     if entry.choices:
         return f"one of {', '.join(entry.choices)}"
-    words = KIND_WORDS[entry.kind]
-    return f"{words}, {range_words(entry.within)}" if entry.within else words
+    limits = f", {range_words(entry.within)}" if entry.within else ""
+    return KIND_WORDS[entry.kind] + limits + f", or {AUTO}" * entry.auto
 
 
 def shown(value: object) -> str:
@@ -298,8 +302,8 @@ def why_unread(options: Options, values: Mapping[str, Any], key: str) -> str:
     """
     entry, method = options[key], values.get("method")
     if entry.read_by and method not in entry.read_by:
-        others = f"leave {{it}} out, or pass another --method ({', '.join(entry.read_by)})"
-        return f"method {method} does not read {{it}}; {others}"
+        others = ", ".join(entry.read_by)
+        return f"method {method} does not read {{it}}; leave {{it}} out, or pass another --method ({others})"
     for other, allowed in entry.needs.items():
         if values[other] not in allowed:
             wanted = " or ".join(map(worded, allowed))

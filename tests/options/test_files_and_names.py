@@ -13,6 +13,7 @@ from args import (
     SparsityConfig,
     config_from_dict,
     config_to_dict,
+    config_to_yaml,
     parse_args,
 )
 from tests.options.parsing import (
@@ -92,6 +93,19 @@ def test_aliases_are_accepted_in_all_places(tmp_path, alias, key, text, value):
     below = {"keep_ratio": "0.4", "residual_masks": "free", "shrink": "on"}.get(key, "0.4")
     arguments = parse_yaml(tmp_path, f"{alias}: {below}", f"--{key} {text}")
     assert config_to_dict(arguments.config)[key] == value
+
+
+AUTOMATIC = {"batch_size", "epochs", "finetune_batch_size", "finetune_epochs", "holdout", "score_lr"}
+
+
+def test_auto_is_accepted_where_a_rule_exists_and_written_back(tmp_path):
+    for key in AUTOMATIC | {"sample_from_training_set"}:
+        assert values(f"--{key.replace('_', '-')} auto")[key] == "auto"
+        config = parse_yaml(tmp_path, f"{key}: auto").config
+        assert parse_yaml(tmp_path, config_to_yaml(config)).config == config
+        assert config_from_dict(config_to_dict(config), "stored") == config
+    assert "keep_ratio must be a finite number, in (0, 1], got 'auto'" in refused("--keep-ratio auto")
+    assert {key for key, entry in OPTIONS.items() if entry.auto} == AUTOMATIC | {"sample_from_training_set"}
 
 
 def test_every_option_is_declared_once():
@@ -255,16 +269,16 @@ def test_the_declared_type_decides_what_a_spelling_means(tmp_path, line, value):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epochs: on", "epochs must be a whole number, at least 1, got 'on' (FILE line 1)"),
-        ("\nepochs: 3.0", "epochs must be a whole number, at least 1, got '3.0' (FILE line 2)"),
+        ("epochs: on", "epochs must be a whole number, at least 1, or auto, got 'on' (FILE line 1)"),
+        ("\nepochs: 3.0", "epochs must be a whole number, at least 1, or auto, got '3.0' (FILE line 2)"),
         ("epochs: '3'", "got the text '3' (FILE line 1); write it without quotes"),
-        ("epochs: 1e3", "a whole number, at least 1, got '1e3'"),
-        ("epochs: ~", "epochs must be a whole number, at least 1, got nothing (null)"),
+        ("epochs: 1e3", "a whole number, at least 1, or auto, got '1e3'"),
+        ("epochs: ~", "epochs must be a whole number, at least 1, or auto, got nothing (null)"),
         ("epochs: \u0663", "a whole number, at least 1"),
         ("data: null", "data must be a text of one line, got nothing (null)"),
         ("name: |\n  a\n  b", r"name must be a text of one line, got 'a\nb'"),
         ("nesterov: 1", "nesterov must be on or off, got '1'"),
-        ("lr: .inf", "score_lr must be a finite number, above 0, got '.inf' (FILE line 1, as lr)"),
+        ("lr: .inf", "score_lr must be a finite number, above 0, or auto, got '.inf' (FILE line 1, as lr)"),
         ("keep_ratio: 50 %", "keep_ratio must be a finite number, in (0, 1], got '50 %'"),
         ("kep_ratio: 0.5", "unknown key 'kep_ratio' (FILE line 1); did you mean 'keep_ratio'?"),
         ("lr: 1\nk: 3", "unknown key 'k' (FILE line 2); did you mean 'K'?"),

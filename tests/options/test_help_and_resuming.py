@@ -101,8 +101,8 @@ def test_a_printed_config_does_not_print_again(tmp_path):
     [
         ({"kep_ratio": 0.5}, "unknown key 'kep_ratio' (last.pt); did you mean 'keep_ratio'?"),
         ({"keep_ratio": 50}, "keep_ratio must be in (0, 1], got 50.0 (last.pt)"),
-        ({"epochs": 3.0}, "epochs must be a whole number, at least 1, got '3.0' (last.pt)"),
-        ({"epochs": True}, "epochs must be a whole number, at least 1, got 'True' (last.pt)"),
+        ({"epochs": 3.0}, "epochs must be a whole number, at least 1, or auto, got '3.0' (last.pt)"),
+        ({"epochs": True}, "epochs must be a whole number, at least 1, or auto, got 'True' (last.pt)"),
         ({"epochs": "3"}, "got the text '3' (last.pt)"),
         ({"epochs": None}, "got nothing (null) (last.pt)"),
         ({"nesterov": 1}, "nesterov must be on or off, got '1' (last.pt)"),
@@ -208,6 +208,13 @@ def test_the_same_command_can_be_given_again(tmp_path):
     given = "epochs: 12\nkeep_ratio: 0.25"
     stored = parse_yaml(tmp_path, given).config
     assert check_resume(stored, parse_yaml(tmp_path, given, "--resume")).train.epochs == 12
+
+
+def test_auto_agrees_with_what_was_chosen(tmp_path):
+    config = check_resume(stored_run(), parse_yaml(tmp_path, "epochs: auto\nbatch_size: auto", "--resume"))
+    assert (config.train.epochs, config.train.batch_size) == (12, 256)
+    with pytest.raises(UserError, match=r"keep_ratio: stored 0\.25, given 0\.5"):
+        check_resume(stored_run(), parse_yaml(tmp_path, "epochs: auto\nkeep_ratio: 0.5", "--resume"))
 
 
 def test_every_conflict_is_listed(tmp_path):

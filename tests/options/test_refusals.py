@@ -31,8 +31,8 @@ from utils.options import why_unread
         ("--epochs 0", "epochs must be at least 1, got 0 (command line)"),
         ("--lr 0", "score_lr must be above 0, got 0.0 (command line, as lr)"),
         ("--keep-ratio nan", "keep_ratio must be a finite number, in (0, 1], got 'nan'"),
-        ("--lr 1e999", "score_lr must be a finite number, above 0, got '1e999'"),
-        ("--epochs 3.0", "epochs must be a whole number, at least 1, got '3.0' (command line)"),
+        ("--lr 1e999", "score_lr must be a finite number, above 0, or auto, got '1e999'"),
+        ("--epochs 3.0", "epochs must be a whole number, at least 1, or auto, got '3.0' (command line)"),
         ("--epochs " + "9" * 5000, "999... (command line)"),
         (
             "--arch resnet33",
