@@ -17,9 +17,9 @@ from data.streamed import StreamedSet
 from utils.errors import UserError
 
 __all__ = [
-    "Augmentation",
     "HOLDOUT",
     "HOLDOUT_FROM",
+    "Augmentation",
     "BatchedSet",
     "DataSplits",
     "ImageSet",

@@ -15,7 +15,7 @@ from utils.run.progress import announce
 SMALLEST_BATCH, LARGEST_BATCH = 16, 128
 SEARCH_STEPS = 1500
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 60
-SCORE_LR_FACTOR = 3.5
+SCORE_LR_FACTOR, LARGEST_SCORE_LR = 3.5, 0.5
 
 
 def batch_size_for(num_images: int) -> int:
@@ -43,12 +43,14 @@ def finetune_epochs_for(epochs: int) -> int:
 
 
 def score_lr_for(updates: int) -> float:
-    """3.5 / sqrt(updates) to three digits, which drove the scores to 0 or 1 in our trials (docs/training.md).
+    """3.5 / sqrt(updates) to three digits, but at most 0.5: about what drove the scores to 0 or 1 in our trials.
+
+    The limit keeps a score of a very short search from crossing from 0 to 1 in one step. Source: ours.
 
     Args:
         updates: of the scores in the whole search, one in each step unless `score_every` says otherwise.
     """
-    return float(f"{SCORE_LR_FACTOR / math.sqrt(updates):.3g}")
+    return min(float(f"{SCORE_LR_FACTOR / math.sqrt(updates):.3g}"), LARGEST_SCORE_LR)
 
 
 def undecided(options: Mapping[str, Any]) -> list[str]:
