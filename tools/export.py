@@ -72,7 +72,9 @@ def read_command_line(argv: Sequence[str]) -> Namespace:
         "--pt2", action="store_true", help="also write model.pt2, the program of torch.export, for any number of images"
     )
     parser.add_argument(
-        "--fold-bn", action="store_true", help="put every batch-norm behind a convolution into the convolution"
+        "--fold-bn",
+        action="store_true",
+        help="put every batch-norm that alone reads a convolution into the convolution",
     )
     parser.add_argument(
         "--data", metavar="PATH", help="folder of the data sets, where it is no longer the one that the run read"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from tests.tiny import Run, make_images, run
 from tools import export, export_checks, exported
-from tools.exported import read_facts, read_network, replacing
+from tools.exported import read_facts, read_network
 from tools.predict import prepared, read_image
 from tools.run_result import Result
 from utils.errors import UserError
@@ -326,38 +324,3 @@ def test_packages_that_are_missing_are_named(trained, tmp_path, capsys, monkeypa
     monkeypatch.setattr(export, "has_package", lambda name: name != "onnxscript")
     message = error_of(capsys, trained.folder, "--onnx", "--to", tmp_path / "home")
     assert "--onnx needs onnxscript; run `python -m pip install -r requirements-extra.txt`" in message
-
-
-def test_only_an_export_is_replaced(tmp_path):
-    folder = tmp_path / "home"
-    for attempt in (1, 2):
-        with replacing(folder) as temporary:
-            (temporary / "model.json").write_text(str(attempt))
-        assert (folder / "model.json").read_text() == str(attempt)
-    with pytest.raises(json.JSONDecodeError), replacing(folder):
-        json.loads("{")
-    assert (folder / "model.json").read_text() == "2"
-    assert [path.name for path in tmp_path.iterdir()] == ["home"]
-    shutil.rmtree(folder)
-    folder.mkdir()
-    (folder / "thesis.tex").write_text("")
-    for place in (folder, folder / "thesis.tex"):
-        with pytest.raises(UserError, match="is not an exported network"), replacing(place):
-            pytest.fail("it must not come this far")
-    with pytest.raises(UserError, match="cannot write"), replacing(folder / "thesis.tex" / "deeper"):
-        pytest.fail("it must not come this far")
-    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
-
-
-def test_folders_that_are_no_export(tmp_path):
-    with pytest.raises(UserError, match="no readable"):
-        read_facts(tmp_path)
-    (tmp_path / "model.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(UserError, match="exported in format 99"):
-        read_facts(tmp_path)
-    (tmp_path / "model.py").write_text("import nothing_of_this_name")
-    with pytest.raises(UserError, match=r"needs nothing_of_this_name; run `python -m pip install"):
-        read_network(tmp_path)
-    (tmp_path / "model.py").write_text("def load(folder): return 1 / 0")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_network(tmp_path)
