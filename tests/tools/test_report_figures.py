@@ -138,7 +138,7 @@ def test_the_bars_of_a_step_are_the_medians_of_its_parts():
     assert bars(axes) == told
     spans = [line for line in axes.collections if len(line.get_segments()) == 1]
     ends = [line.get_segments()[0][:, 0].tolist() for line in spans]
-    assert ends == [[base + 7, base + 11] for base in (100, 200, 300)]  # the quartiles of whole steps
+    assert ends == [[base + 7, base + 15] for base in (100, 200, 300)]  # the quartiles of whole steps
     assert ticks(axes.yaxis) == ["dense", "compact", "thin"]
 
 
