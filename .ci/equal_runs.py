@@ -27,7 +27,17 @@ RUNS = {
     "resnet8-flops": ["--config", "configs/best_resnet8.yaml", "--seed", "0"],
 }
 SHORT = ["--train-images", "1500", "--epochs", "3"]
-CLOCKS = {"images_per_second", "step_ms", "epoch_seconds", "seconds", "train_seconds", "run", "device"}
+CLOCKS = {
+    "images_per_second",
+    "step_ms",
+    "evaluation_seconds",
+    "epoch_seconds",
+    "data_seconds",
+    "seconds",
+    "train_seconds",
+    "run",
+    "device",
+}
 
 
 def train(checkout: Path, name: str, options: list[str]) -> Path:

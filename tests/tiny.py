@@ -1,6 +1,7 @@
 """The whole program on a tiny network and tiny images, watched from outside: what torch was asked to do meanwhile.
 
-Only `Judge` and what reads a checkpoint (`kept_mask`, `scores_of`) know the inside of the project.
+Only `Judge`, the time that a batch takes to come, and what reads a checkpoint (`kept_mask`, `scores_of`) know the
+inside of the project.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import trainers.recipe
+from data import BatchedSet
 from main import main
 
 TRAIN, HELDOUT, TEST = 72, 18, 24  # images; six classes
@@ -135,9 +137,10 @@ class Save:
 class Record:
     """What happened while `main` ran, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_seconds: float = 0.0) -> None:
         self.events: list[Pass | Step | Save] = []
-        self.seconds = 0.0  # of a clock that goes on by 1 in a step of the weights and by 1/4 in an evaluation pass
+        # of a clock that goes on by 1 in a step of the weights, by 1/4 in an evaluation pass, and while a batch comes
+        self.seconds, self.batch_seconds = 0.0, batch_seconds
 
     def of(self, kind: type, wanted: str | None = None) -> list:
         found = [event for event in self.events if isinstance(event, kind)]
@@ -166,7 +169,7 @@ class Record:
     def watching(self, interrupt_at: int | None) -> Iterator[None]:
         depth, count, written = 0, 0, []
         conv2d, linear, cross_entropy = F.conv2d, F.linear, F.cross_entropy
-        save, replace = torch.save, os.replace
+        save, replace, train_batches = torch.save, os.replace, BatchedSet.train_batches
 
         def add_macs(weight: Tensor, images: int, pixels: int) -> None:
             ones = (weight.detach().flatten(2) != 0).any(2) if weight.dim() == 4 else weight.detach() != 0
@@ -188,6 +191,11 @@ class Record:
             y = conv2d(x, weight, *args, **kwargs)
             add_macs(weight, len(x), y[0, 0].numel())
             return y
+
+        def watched_batches(*args: Any, **kwargs: Any) -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in train_batches(*args, **kwargs):
+                self.seconds += self.batch_seconds
+                yield batch
 
         def watched_linear(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if is_real(x):
@@ -242,6 +250,7 @@ class Record:
                 patch.setattr(F, "linear", watched_linear)
                 patch.setattr(F, "cross_entropy", watched_cross_entropy)
                 patch.setattr(torch, "save", watched_save)
+                patch.setattr(BatchedSet, "train_batches", watched_batches)
                 patch.setattr(os, "replace", watched_replace)
                 patch.setattr(time, "perf_counter", lambda: self.seconds)
                 yield
@@ -270,24 +279,37 @@ class Run:
     def column(self, name: str) -> list[float]:
         return [float(row[name]) for row in self.rows]
 
+    @property
+    def scores(self) -> dict[str, np.ndarray]:
+        """The arrays of scores.npz."""
+        with np.load(self.folder / "scores.npz", allow_pickle=False) as file:
+            return dict(file)
+
     def load(self, file: str) -> dict[str, Any]:
         return torch.load(self.folder / "checkpoints" / file, weights_only=True)
 
 
 def run(
-    root: Path, images: Path, *options: str, name: str = "run", interrupt_at: int | None = None, **settings: object
+    root: Path,
+    images: Path,
+    *options: str,
+    name: str = "run",
+    interrupt_at: int | None = None,
+    batch_seconds: float = 0.0,
+    **settings: object,
 ) -> Run:
     """Runs `main` with the tiny configuration and some options.
 
     Args:
         root: where the runs of several calls lie side by side, each under its name.
         interrupt_at: number of the step of the weights, from 0, in which a signal asks to stop.
+        batch_seconds: that pass until a training batch is there.
         settings: other values for keys of the configuration file, or more keys.
     """
     root.mkdir(exist_ok=True)
     config = root / "tiny.yaml"
     config.write_text("".join(f"{key}: {value}\n" for key, value in {**TINY, **settings}.items()))
-    record = Record()
+    record = Record(batch_seconds)
     fixed = ["--config", str(config), "--data", str(images), "--log-dir", str(root / "runs"), "--name", name]
     with record.watching(interrupt_at):
         code = main([*fixed, *options])

@@ -392,7 +392,7 @@ def search_of(
     return search
 
 
-CLOCKS = ("images_per_second", "step_ms", "epoch_seconds")
+CLOCKS = ("images_per_second", "step_ms", "evaluation_seconds", "epoch_seconds", "data_seconds")
 
 
 def without_clocks(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -275,10 +275,14 @@ def restore_run(run: RunState, state: Mapping[str, Any], config: Config) -> None
     run.sums.load_state_dict(state["sums"], device)
     run.epoch_cost = CostLedger(**state["epoch_cost"])
     run.ledger = CostLedger(**state["ledger"])
-    run.epoch_seconds, run.train_seconds, run.seconds = state["clocks"]
+    run.epoch_seconds, run.train_seconds, run.seconds, *data_seconds = state["clocks"]
+    run.data_seconds = sum(data_seconds)  # an older checkpoint has none
     run.choice, run.history = state["choice"], state["history"]
     if state.get("average") is not None:
         run.average = {name: value.to(device) for name, value in state["average"].items()}
+    if "score_history" in state:  # nor does it have these: the curves then start anew, at step 0
+        run.steps, run.at_last_point = state["steps"], state["at_last_point"]
+        run.score_history.load_state_dict(state["score_history"])
     if state["search"] is None:
         run.search = None
     else:

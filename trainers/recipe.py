@@ -69,6 +69,8 @@ class Recipe:
         Raises: Stopped after the step in which a signal came; Diverged when the loss is not finite; RankError.
         """
         self.check_ranks()
+        steps = self.data.train.num_train_batches(self.batch_size)
+        self.reporter.start(self.run, self.settings(self.run.step, steps), steps)
         with Progress(self.stages(), self.config.run.print_freq) as progress:
             while self.run.phase != "done":
                 if self.run.epoch < self.run.num_epochs(self.config):
@@ -125,10 +127,12 @@ class Recipe:
         batches = self.data.train.train_batches(self.batch_size, config.run.seed, run.epoch, start=run.step)
         progress.begin_epoch(run.epoch, run.step)
         with self.timed("epoch_seconds"):
-            for images, labels in batches:
+            for images, labels in self.awaited(batches):
                 settings = self.settings(run.step, steps)
                 run.sums.add(self.step(images, labels, settings), self.batch_size)
                 run.step += 1
+                run.steps += 1
+                self.reporter.step_end(run, settings, steps)
                 # on a GPU reading the loss waits; all ranks do it at the same steps, whatever their consoles show
                 if images.device.type == "cpu" or run.step % config.run.print_freq == 0:
                     self.check_finite()
@@ -137,6 +141,16 @@ class Recipe:
                 values = self.progress_values() if progress.wants_values() else None
                 progress.update(self.batch_size, values)
                 self.stop_if_asked()
+
+    def awaited(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same batches. The time until each of them is there goes to a clock of its own."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.run.data_seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def step(self, images: Tensor, labels: Tensor, settings: StepSettings) -> dict[str, Tensor]:
         """One step of the current phase, entered into the ledger of costs."""
@@ -163,6 +177,7 @@ class Recipe:
         """Evaluates, reports, remembers the best state, saves."""
         run, sparsity = self.run, self.config.sparsity
         settings = self.settings(run.step - 1, self.data.train.num_train_batches(self.batch_size))
+        seconds_before = run.seconds
         with self.timed("seconds"):
             if run.phase == "search":
                 self.method.end_of_epoch(run)
@@ -176,15 +191,18 @@ class Recipe:
             may_be_result = is_best and run.phase != "search"  # a search ends with a choice, and that is tested
             is_tested = may_be_result or self.is_test_due(run.epoch + 1)
             test = self.evaluate_on(subnet, self.data.test) if is_tested else {}
+        evaluation_seconds = run.seconds - seconds_before
+        with self.timed("seconds"):
             run.epoch += 1
             run.step = 0
             if is_best:
                 run.best = Best(subnet, run.epoch, heldout, test)
             self.check_finite()
             self.check_ranks()
-            self.reporter.epoch_end(run, subnet, settings, heldout, test)
+            self.reporter.epoch_end(run, subnet, settings, heldout, test, evaluation_seconds)
             run.train_seconds += run.epoch_seconds
-            run.sums, run.epoch_cost, run.epoch_seconds = MetricSums(), CostLedger(), 0.0
+            run.sums, run.epoch_cost, run.at_last_point = MetricSums(), CostLedger(), {}
+            run.epoch_seconds = run.data_seconds = 0.0
         self.save(best=is_best, epoch_end=True)
 
     def current_subnet(self, keep_ratio: float) -> Subnet:

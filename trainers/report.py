@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from args import Config
 from data import DataSplits
+from trainers import curves
 from trainers.default import StepSettings
 from trainers.devices import device_name
 from trainers.result import summarise
@@ -19,67 +20,51 @@ from utils.channels.subnet import Subnet
 from utils.ranks.exchange import num_ranks
 from utils.run import checkpoint
 from utils.run.board import Board
-from utils.run.folder import write_csv, write_json
+from utils.run.folder import write_arrays, write_csv, write_json
 from utils.run.progress import announce
-
-TAGS = {  # column of results.csv -> curve in TensorBoard
-    "train_loss": "train/loss",
-    "train_top1": "train/top1",
-    "train_top5": "train/top5",
-    "heldout_loss": "heldout/loss",
-    "heldout_top1": "heldout/top1",
-    "heldout_top5": "heldout/top5",
-    "test_loss": "test/loss",
-    "test_top1": "test/top1",
-    "test_top5": "test/top5",
-    "budget": "sparsity/budget",
-    "keep_ratio_expected": "sparsity/keep_ratio_expected",
-    "keep_ratio_drawn": "sparsity/keep_ratio_drawn",
-    "v": "scores/v",
-    "max_score": "scores/max",
-    "score_entropy": "scores/entropy_bits",
-    "share_zero": "scores/share_exactly_0",
-    "share_one": "scores/share_exactly_1",
-    "loss_difference": "vrpge/loss_difference",
-    "forward_flops_ratio": "flops/forward_ratio",
-    "forward_flops_ratio_mean": "flops/forward_ratio_running_mean",
-    "subnet_flops_ratio": "flops/subnet_ratio",
-    "train_flops_ratio": "flops/train_ratio",
-    "weight_lr": "lr/weights",
-    "score_lr": "lr/scores",
-    "images_per_second": "perf/images_per_second",
-    "step_ms": "perf/step_ms",
-}
-PAGES = {
-    "Accuracy": {
-        "top-1": ["train/top1", "heldout/top1", "test/top1"],
-        "loss": ["train/loss", "heldout/loss", "test/loss"],
-    },
-    "Sparsity": {
-        "kept units": ["sparsity/budget", "sparsity/keep_ratio_expected", "sparsity/keep_ratio_drawn"],
-        "FLOPs": ["flops/forward_ratio", "flops/forward_ratio_running_mean", "flops/subnet_ratio"],
-        "decided scores": ["scores/share_exactly_0", "scores/share_exactly_1", "scores/entropy_bits"],
-    },
-    "Speed": {"images/s": ["perf/images_per_second"], "step": ["perf/step_ms"]},
-}
 
 
 class Reporter:
     """Writes into a run folder; the training loop tells it what happened.
 
     Args:
-        folder: of the run, with `logs/` and `checkpoints/`.
-        run: as it starts. What an interrupted run reported beyond its finished epochs is dropped.
+        folder: of the run, with `checkpoints/`.
+        run: as it starts. What an interrupted run reported beyond its finished steps is dropped.
     """
 
     def __init__(self, folder: Path, config: Config, data: DataSplits, run: RunState) -> None:
         self.folder, self.config, self.data = folder, config, data
         self.save_failed = False
         (folder / "summary.json").unlink(missing_ok=True)  # of a run that was finished before it became longer
-        if run.history:
-            write_csv(folder / "results.csv", run.history)
-        self.board = Board(folder / "logs", purge_step=run.epoch + 1 if run.epoch else None)
-        self.board.layout(PAGES)
+        self._write_rows(run)
+        self.board = Board(folder, purge_step=run.steps + 1 if run.steps else None)
+        self.board.layout(curves.PAGES)
+        self.board.hyperparameters(
+            curves.columns(), curves.hyperparameters(config), dict(curves.RESULTS.values()), curves.FIRST_COLUMNS
+        )
+
+    def start(self, run: RunState, settings: StepSettings, steps: int) -> None:
+        """The state before the first step; a resumed run has told it.
+
+        Args:
+            settings: of the next step.
+            steps: in an epoch of the current phase.
+        """
+        if run.search is not None and (run.epoch, run.step) == (0, 0):
+            run.score_history.add(0, run.network.scores)
+        self._write_scores(run)
+        if run.steps == 0:
+            with unless_refused("the curves before the first step"):
+                self.board.scalars(0, curves.point(run, settings, steps))
+                self._write_pictures(run)
+                if run.subnet is not None:
+                    self._write_subnet(run, run.subnet)
+
+    def step_end(self, run: RunState, settings: StepSettings, steps: int) -> None:
+        """Now and then a point of the curves within an epoch; the one at its end is written by `epoch_end`."""
+        if curves.is_point_due(run.step, steps):
+            with unless_refused(f"the curves at step {run.steps}"):
+                self.board.scalars(run.steps, curves.point(run, settings, steps))
 
     def epoch_end(
         self,
@@ -88,6 +73,7 @@ class Reporter:
         settings: StepSettings,
         heldout: dict[str, float],
         test: dict[str, float],
+        evaluation_seconds: float,
     ) -> None:
         """One row of results.csv, the same numbers as curves, and the scores as histograms and as a picture."""
         network, means = run.network, run.sums.means()
@@ -106,9 +92,12 @@ class Reporter:
             "weight_lr": settings.weight_lr,
             "images_per_second": run.sums.count / seconds,
             "step_ms": 1000 * seconds * run.batch_size(self.config) / run.sums.count,
+            "evaluation_seconds": evaluation_seconds,
         }
+        if self.data.num_classes <= 5:
+            values = {name: value for name, value in values.items() if name not in curves.TOP5}
         if run.search is not None:
-            values |= score_facts(network.scores)
+            values |= curves.score_facts(network.scores)
             values |= {
                 "budget": settings.keep_ratio,
                 "score_lr": settings.score_lr,
@@ -116,12 +105,13 @@ class Reporter:
             }
             if run.search.masks is not None:
                 values["keep_ratio_drawn"] = float(run.search.masks.own_KU[0].double().mean())
-        row = {"epoch": run.epoch, "phase": run.phase, **{name: values.get(name, "") for name in TAGS}}
-        run.history.append({**row, "epoch_seconds": run.epoch_seconds})
-        try:
-            self._write(run, values)
-        except OSError as error:  # such as a full disk: no reason to lose the training
-            announce(f"warning: the report of epoch {run.epoch} could not be written ({error}); training goes on")
+        where = {"epoch": run.epoch, "phase": run.phase, "step": run.steps}
+        clocks = {"epoch_seconds": run.epoch_seconds, "data_seconds": run.data_seconds}
+        run.history.append({**where, **{name: values.get(name, "") for name in curves.TAGS}, **clocks})
+        if run.search is not None:
+            run.score_history.add(run.epoch, network.scores)
+        with unless_refused(f"the report of epoch {run.epoch}"):
+            self._write(run, settings, values)
         seen = (("held-out", heldout), ("test", test))
         accuracies = "".join(f", {name} {metrics['top1']:.2f} %" for name, metrics in seen if metrics)
         announce(
@@ -131,14 +121,36 @@ class Reporter:
             f"{values['step_ms']:.0f} ms a step"
         )
 
-    def _write(self, run: RunState, values: dict[str, float]) -> None:
-        self.board.scalars(run.epoch, {TAGS[name]: value for name, value in values.items()})
+    def _write(self, run: RunState, settings: StepSettings, values: dict[str, float]) -> None:
+        steps = self.data.train.num_train_batches(run.batch_size(self.config))
+        wait = {"perf/data_wait_percent": 100 * run.data_seconds / max(run.epoch_seconds, 1e-9)}
+        shown = {curves.TAGS[name]: value for name, value in values.items()}
+        self.board.scalars(run.steps, curves.point(run, settings, steps) | wait | shown)
+        self._write_pictures(run)
+        self.board.flush()
+        self._write_rows(run)
+
+    def _write_rows(self, run: RunState) -> None:
+        if run.history:
+            columns = run.history[-1]  # rows that an older version wrote may lack some
+            rows = [{name: row.get(name, "") for name in columns} for row in run.history]
+            write_csv(self.folder / "results.csv", rows)
+
+    def _write_pictures(self, run: RunState) -> None:
         if run.search is not None:
             scores = {name: layer.scores for name, layer in run.network.layers.items()}
-            self.board.score_histograms(run.epoch, scores)
-            self.board.score_map(run.epoch, scores)
-        self.board.flush()
-        write_csv(self.folder / "results.csv", run.history)
+            self.board.score_histograms(run.steps, scores)
+            self.board.score_map(run.steps, scores)
+
+    def _write_subnet(self, run: RunState, subnet: Subnet) -> None:
+        mask_U = torch.from_numpy(run.network.plan(subnet.mask_U).mask_U)
+        parts = zip(run.network.layers, run.network.split(mask_U), strict=True)
+        self.board.subnet(run.steps, dict(parts))
+
+    def _write_scores(self, run: RunState) -> None:
+        with unless_refused("scores.npz"):
+            if record := run.score_record():
+                write_arrays(self.folder / "scores.npz", record)
 
     def choice(self, run: RunState, num_candidates: int) -> None:
         kept = int(run.best.subnet.mask_U.sum())
@@ -146,11 +158,17 @@ class Reporter:
         judged = "training" if self.config.finetune.sample_from_training_set else "held-out"
         how = f"chose {which} of {num_candidates} subnets by {judged} images" if run.choice else "pruned"
         announce(f"{how}: {kept} of {run.network.num_units} units, test {run.best.test['top1']:.2f} %")
+        with unless_refused("the picture of the chosen subnet"):
+            self._write_subnet(run, run.best.subnet)
+            fixed = " From here on the chosen subnet is fine-tuned." if self.config.finetune.finetune else ""
+            self.board.text(
+                "phase", f"The search ended at step {run.steps}, after {run.epoch} epochs.{fixed}", run.steps
+            )
 
     def save(self, run: RunState, best: bool = False, epoch_end: bool = False) -> None:
         """Writes last.pt, with `best` also best.pt, at the end of every `save_every`-th epoch a numbered one too.
 
-        A disk that refuses is reported and the run goes on.
+        Then scores.npz. A disk that refuses is reported and the run goes on.
         """
         folder = self.folder / "checkpoints"
         state = run.state_dict(self.config, self.data)
@@ -167,13 +185,17 @@ class Reporter:
             except checkpoint.CheckpointError as error:
                 self.save_failed = True
                 announce(f"warning: {error}; training goes on without it")
+        self._write_scores(run)
 
     def finish(self, run: RunState) -> dict[str, Any]:
         """summary.json, the hyper-parameters in TensorBoard, and the last lines for the terminal."""
         summary = summarise(run, self.config, self.data, self.folder)
         write_json(self.folder / "summary.json", summary)
         lines = [f"    {name}: {value}" for name, value in summary.items()]
-        self.board.text("summary", "\n".join(lines), run.epoch)
+        self.board.text("summary", "\n".join(lines), run.steps)
+        results = {tag: summary[name] for name, (tag, _) in curves.RESULTS.items() if summary[name] is not None}
+        self.board.scalars(run.steps, results)
+        self.board.finished()
         self.board.close()
         return summary
 
@@ -186,6 +208,12 @@ class SilentReporter(Reporter):
 
     def __init__(self, config: Config) -> None:
         self.config, self.save_failed = config, False
+
+    def start(self, *_: object) -> None:
+        pass
+
+    def step_end(self, *_: object) -> None:
+        pass
 
     def epoch_end(self, *_: object) -> None:
         pass
@@ -200,17 +228,13 @@ class SilentReporter(Reporter):
         pass
 
 
-def score_facts(scores_U: Tensor) -> dict[str, float]:
-    """How decided the scores are; entropy is the mean per unit, in bits."""
-    s = scores_U.detach().double()
-    entropy = torch.special.entr(s) + torch.special.entr(1 - s)
-    return {
-        "keep_ratio_expected": float(s.mean()),
-        "max_score": float(s.max()),
-        "score_entropy": float(entropy.mean()) / math.log(2),
-        "share_zero": float((s == 0).double().mean()),
-        "share_one": float((s == 1).double().mean()),
-    }
+@contextmanager
+def unless_refused(what: str) -> Iterator[None]:
+    """Says so if the disk refuses what is written inside, such as a full one. It is no reason to lose the training."""
+    try:
+        yield
+    except OSError as error:
+        announce(f"warning: {what} could not be written ({error}); training goes on")
 
 
 # ---- the first lines of a run ----

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,6 +85,30 @@ class Best:
     test: dict[str, float]
 
 
+class ScoreHistory:
+    """The scores before the first step and after every epoch of a search, on the host and in half precision.
+
+    Attributes:
+        epochs: finished epochs at each time.
+        scores: (E, U) float16; empty, with E = 0, for a method without scores.
+    """
+
+    def __init__(self, num_units: int) -> None:
+        self.epochs: list[int] = []
+        self.scores = torch.empty(0, num_units, dtype=torch.float16)
+
+    def add(self, epoch: int, scores_U: Tensor) -> None:
+        """Remembers the scores (U,) of now. Waits for the device."""
+        row = scores_U.detach().to("cpu", torch.float16).unsqueeze(0)
+        self.epochs, self.scores = [*self.epochs, epoch], torch.cat([self.scores, row])
+
+    def state_dict(self) -> dict:
+        return {"epochs": self.epochs, "scores": self.scores}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epochs, self.scores = state["epochs"], state["scores"].cpu()
+
+
 @dataclass
 class RunState:
     """The run between two steps.
@@ -96,13 +121,17 @@ class RunState:
         step: finished steps of the epoch under way.
         start_share: what the network that the run started from was of the whole one, in what the budget counts; below 1
             for the subnet of another run. A falling budget falls from there.
+        steps: finished steps of all phases, the horizontal axis of all curves.
+        at_last_point: sums of the training metrics when the last point of the curves was written in this epoch.
         sums, epoch_cost, epoch_seconds: training metrics, arithmetic and time of the epoch under way.
+        data_seconds: the part of `epoch_seconds` in which the loop waited for its next batch.
         train_seconds: time of the training steps of all finished epochs.
         seconds: time of everything else in the recipe (evaluating, choosing, reporting, saving).
         choice: how the candidates did when the subnet was chosen.
         history: one row for every finished epoch, the content of results.csv.
         average: with `--ema` the moving averages of weights and batch-norm statistics, by name, from the first step of
             a fixed network on. They are what is evaluated and stored as the result.
+        score_history: the scores at the end of every epoch, the content of scores.npz.
     """
 
     network: SparseNetwork
@@ -115,16 +144,23 @@ class RunState:
     epoch: int = 0
     step: int = 0
     start_share: float = 1.0
+    steps: int = 0
+    at_last_point: dict[str, float] = field(default_factory=dict)
     best: Best | None = None
     sums: MetricSums = field(default_factory=MetricSums)
     epoch_cost: CostLedger = field(default_factory=CostLedger)
     ledger: CostLedger = field(default_factory=CostLedger)
     epoch_seconds: float = 0.0
+    data_seconds: float = 0.0
     train_seconds: float = 0.0
     seconds: float = 0.0
     choice: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     average: dict[str, Tensor] | None = None
+    score_history: ScoreHistory = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.score_history = ScoreHistory(self.network.num_units)
 
     def batch_size(self, config: Config) -> int:
         """Images of a step of the current phase."""
@@ -161,6 +197,30 @@ class RunState:
                 tensors |= {name: value for name, value in named.items() if isinstance(value, Tensor)}
         return tensors
 
+    def score_record(self) -> dict[str, np.ndarray]:
+        """The content of scores.npz; empty for a network without maskable units.
+
+        Returns:
+            epochs: (E,) int64, finished epochs at each time; 0 is the state before the first step.
+            scores: (E, U) float16; no rows for a method without scores.
+            names, first_unit, widths: (L,) of the maskable layers in their order. Unit i of the network is channel
+                i - first_unit of its layer; layers with tied masks have the same units.
+            chosen: (U,) bool, the units of the fixed subnet; only once there is one.
+        """
+        network = self.network
+        if network.num_units == 0:
+            return {}
+        record = {
+            "epochs": np.array(self.score_history.epochs, dtype=np.int64),
+            "scores": self.score_history.scores.numpy(),
+            "names": np.array(list(network.layers)),
+            "first_unit": np.array([network.graph.first_unit[name] for name in network.layers], dtype=np.int64),
+            "widths": np.array([layer.out_channels for layer in network.layers.values()], dtype=np.int64),
+        }
+        if self.subnet is not None:
+            record["chosen"] = network.plan(self.subnet.mask_U).mask_U
+        return record
+
     def model_state(self, config: Config, data: DataSplits) -> dict[str, Any]:
         """What evaluation needs, whatever else a checkpoint holds; also on images that were not trained on."""
         return {
@@ -195,16 +255,19 @@ class RunState:
             **self.model_state(config, data),
             "step": self.step,
             "start_share": self.start_share,
+            "steps": self.steps,
+            "at_last_point": self.at_last_point,
             "weight_optimizer": self.weight_optimizer.state_dict(),
             "subnet": self.subnet and self.subnet.state_dict(),
             "best": self.best and {**vars(self.best), "subnet": self.best.subnet.state_dict()},
             "sums": self.sums.state_dict(),
             "epoch_cost": self.epoch_cost.state_dict(),
             "ledger": self.ledger.state_dict(),
-            "clocks": [self.epoch_seconds, self.train_seconds, self.seconds],
+            "clocks": [self.epoch_seconds, self.train_seconds, self.seconds, self.data_seconds],
             "choice": self.choice,
             "history": self.history,
             "average": self.average,
+            "score_history": self.score_history.state_dict(),
             "search": None if self.search is None else _search_state(self.search),
         }
 

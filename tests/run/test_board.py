@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from utils.run import board
-from utils.run.board import Board, draw_score_map, labelled_score_map, score_colours
+from utils.run.board import Board, draw_rows, labelled_rows, score_colours
 
 
 @pytest.fixture
@@ -93,7 +93,12 @@ def test_without_a_purge_step_the_curves_would_run_backwards(tmp_path: Path, eve
 
 def test_the_layout_has_pages_charts_and_exact_tags(tmp_path: Path) -> None:
     writer = Board(tmp_path)
-    writer.layout({"Accuracy": {"top 1": ["train/acc@1", "test/acc@1"]}, "Speed": {"step": ["speed/step.ms"]}})
+    writer.layout(
+        {
+            "Accuracy": {"top 1": ["train/acc@1", "test/acc@1"]},
+            "Speed": {"step": ["speed/step.ms"], "layers": ["layers/"]},
+        }
+    )
     writer.text("command", "python main.py")
     writer.flush()
     events = read(tmp_path)
@@ -102,7 +107,7 @@ def test_the_layout_has_pages_charts_and_exact_tags(tmp_path: Path) -> None:
     assert [page.title for page in layout.category] == ["Accuracy", "Speed"]
     assert layout.category[0].chart[0].title == "top 1"
     assert list(layout.category[0].chart[0].multiline.tag) == ["^train/acc@1$", "^test/acc@1$"]
-    assert list(layout.category[1].chart[0].multiline.tag) == [r"^speed/step\.ms$"]
+    assert [list(chart.multiline.tag) for chart in layout.category[1].chart] == [[r"^speed/step\.ms$"], ["^layers/"]]
     assert events.Tensors("command/text_summary")[0].tensor_proto.string_val == [b"python main.py"]
     writer.close()
 
@@ -116,9 +121,9 @@ def test_colours_run_from_dark_to_bright_and_zero_stands_out() -> None:
 
 
 def test_the_map_has_a_row_a_layer_and_a_column_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "MAP_WIDTH", 6)
     monkeypatch.setattr(board, "ROW_HEIGHT", 2)
-    picture = draw_score_map([numpy.array([0.0, 1.0]), numpy.array([1.0, 1 / 9, 0.0])])
+    monkeypatch.setattr(board, "GAP", 1)
+    picture = draw_rows([numpy.array([0.0, 1.0]), numpy.array([1.0, 1 / 9, 0.0])], width=6)
     zero, low, one, white = [88, 88, 88], [72, 40, 120], [253, 231, 37], [255, 255, 255]
     first, second = [zero] * 3 + [one] * 3, [one] * 2 + [low] * 2 + [zero] * 2
     assert picture.tolist() == [first, first, [white] * 6, second, second]
@@ -126,25 +131,46 @@ def test_the_map_has_a_row_a_layer_and_a_column_a_unit(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("num_units", [1, 3, 511, 513, 2048])
 def test_every_unit_has_a_column(num_units: int) -> None:
-    scores = numpy.linspace(0, 1, num_units)
-    (picture,) = draw_score_map([scores])[:1]
-    changes = (numpy.diff(picture.astype(int), axis=0) != 0).any(axis=1).sum()
-    expected = (numpy.diff(score_colours(scores).astype(int), axis=0) != 0).any(axis=1).sum()
-    assert changes == expected
+    scores = torch.linspace(0, 1, num_units)
+    scores[::2] = 0  # neighbours differ
+    line = labelled_rows({"conv": scores})[1].astype(int)
+    changes = (numpy.diff(line, axis=0) != 0).any(axis=1).sum()
+    colours = score_colours(scores.numpy())
+    between = (numpy.diff(colours.astype(int), axis=0) != 0).any(axis=1).sum()
+    assert between == max(0, num_units - 1)
+    assert changes == between + 1  # and from the white beside the label to the first unit
 
 
-def test_the_labelled_map_shows_the_map_beside_its_labels(tmp_path: Path) -> None:
-    scores = {"conv1": torch.rand(16), "layer1.0.conv1": torch.rand(32, dtype=torch.bfloat16)}
-    picture = labelled_score_map(scores)
-    rows = draw_score_map([values.float().numpy() for values in scores.values()])
-    left = picture.shape[1] - rows.shape[1]
-    assert (picture[: len(rows), left:] == rows).all()
-    for top in (0, board.ROW_HEIGHT + 1, len(rows) + board.ROW_HEIGHT):
-        label = picture[top : top + board.ROW_HEIGHT, :left]
+@pytest.mark.parametrize("widest", [32, 2048])
+def test_the_labelled_map_shows_the_map_beside_its_labels(tmp_path: Path, widest: int) -> None:
+    """As large beside its text as any other, however wide the layers are."""
+    scores = {"conv1": torch.rand(16), "layer1.0.conv1": torch.rand(widest, dtype=torch.bfloat16)}
+    picture = labelled_rows(scores, key="key")
+    scale, rest = divmod(picture.shape[1], board.PICTURE_WIDTH)
+    assert rest == 0
+    assert (scale > 1) == (widest > 500)
+    height, pitch = scale * board.ROW_HEIGHT, scale * (board.ROW_HEIGHT + board.GAP)
+    left = int((picture[0] == 255).all(axis=1).cumprod().sum())  # the first row of pixels has no letters
+    rows = [values.float().numpy() for values in scores.values()]
+    assert (picture[: 2 * pitch - scale * board.GAP, left:] == draw_rows(rows, picture.shape[1] - left, scale)).all()
+    for top in (0, pitch, len(picture) - height):
+        label = picture[top : top + height, :left]
         assert (label < 128).any(), "no label beside the row"
-        assert (label[:, -4:] == 255).all(), "the label runs into the map"
+        assert (label[:, -4 * scale :] == 255).all(), "the label runs into the map"
+    ramp = picture[-height:, left:]
+    assert (ramp == draw_rows([numpy.linspace(0, 1, ramp.shape[1])], ramp.shape[1], scale)).all()
     writer = Board(tmp_path)
     writer.score_map(0, scores)
+    writer.subnet(3, {"conv": torch.tensor([True, False])})
     writer.close()
-    (event,) = read(tmp_path).Images("score_map")
-    assert (numpy.asarray(Image.open(io.BytesIO(event.encoded_image_string))) == picture).all()
+    (event,), (chosen,) = (read(tmp_path).Images(tag) for tag in ("score_map", "chosen_subnet"))
+    seen = numpy.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert (seen == labelled_rows(scores, board.KEY_LABEL)).all()
+    assert chosen.step == 3
+
+
+def test_a_label_counts_the_kept_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(board.ImageDraw.ImageDraw, "text", lambda _self, _at, text, **_: written.append(text))
+    labelled_rows({"a": torch.tensor([0.9, 0.8, 0.0]), "b": torch.tensor([True, False])}, "key")
+    assert list(dict.fromkeys(written)) == ["a  2/3", "b  1/2", "key"]

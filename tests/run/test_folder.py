@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 
 from utils.errors import UserError
@@ -21,6 +22,7 @@ from utils.run.folder import (
     environment_facts,
     lock,
     resolve_run,
+    write_arrays,
     write_csv,
     write_facts,
     write_json,
@@ -69,7 +71,6 @@ def test_runs_of_one_name_are_numbered_and_the_latest_is_found(tmp_path: Path) -
         (expected / "checkpoints" / "last.pt").touch()
         assert base_folder(*arguments) == base
         assert resolve_run(base) == (expected, expected / "checkpoints" / "last.pt")
-        assert (expected / "logs").is_dir()
         assert (expected / "checkpoints").is_dir()
 
 
@@ -281,22 +282,23 @@ def test_a_table_is_written_whole_with_the_columns_of_its_first_row(tmp_path: Pa
     [
         ("summary.json", lambda path, value: write_json(path, {"test_top1": value})),
         ("results.csv", lambda path, value: write_csv(path, [{"test_top1": value}])),
+        ("scores.npz", lambda path, value: write_arrays(path, {"test_top1": numpy.array([str(value).encode()])})),
     ],
 )
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch, name: str, write: Callable) -> None:
     path = tmp_path / name
     write(path, 85.5)
-    before, seen = path.read_text(), []
+    before, seen = path.read_bytes(), []
 
     def crash(source: Path, target: Path) -> None:
-        seen.append(Path(source).read_text())
+        seen.append(Path(source).read_bytes())
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", crash)
         with pytest.raises(KeyboardInterrupt):
             write(path, 86.0)
-    assert path.read_text() == before
+    assert path.read_bytes() == before
     write(path, 86.0)
-    assert [path.read_text()] == seen
-    assert "86.0" in seen[0]
+    assert [path.read_bytes()] == seen
+    assert b"86.0" in seen[0]

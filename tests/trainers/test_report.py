@@ -4,11 +4,12 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import trainers.recipe
+import trainers.report
 from main import main
 from tests.tiny import (
     BATCH,
@@ -30,32 +31,6 @@ from tests.tiny import (
 )
 from utils.errors import RankError
 
-CURVES = {  # column of results.csv -> curve in TensorBoard
-    **{
-        f"{part}_{name}": f"{part}/{name}" for part in ("train", "heldout", "test") for name in ("loss", "top1", "top5")
-    },
-    "budget": "sparsity/budget",
-    "keep_ratio_expected": "sparsity/keep_ratio_expected",
-    "keep_ratio_drawn": "sparsity/keep_ratio_drawn",
-    "v": "scores/v",
-    "max_score": "scores/max",
-    "score_entropy": "scores/entropy_bits",
-    "share_zero": "scores/share_exactly_0",
-    "share_one": "scores/share_exactly_1",
-    "loss_difference": "vrpge/loss_difference",
-    "forward_flops_ratio": "flops/forward_ratio",
-    "forward_flops_ratio_mean": "flops/forward_ratio_running_mean",
-    "subnet_flops_ratio": "flops/subnet_ratio",
-    "train_flops_ratio": "flops/train_ratio",
-    "weight_lr": "lr/weights",
-    "score_lr": "lr/scores",
-    "images_per_second": "perf/images_per_second",
-    "step_ms": "perf/step_ms",
-}
-OF_THE_SEARCH = (
-    *("budget", "keep_ratio_expected", "keep_ratio_drawn", "v", "max_score", "score_entropy", "share_zero"),
-    *("share_one", "loss_difference", "score_lr"),
-)
 # large steps of the scores: some are exactly 0 or 1 at the end of an epoch
 SETTINGS = {"budget_schedule": "cubic", "score_lr": 0.3, "lr_policy": "constant_lr", "seed": 3}
 
@@ -150,21 +125,6 @@ def test_rates_and_speeds_are_those_of_the_steps(done, epochs):
     assert [row["epoch"] for row in done.rows] == ["1", "2", "3"]
 
 
-def test_the_columns_of_the_search_are_empty_in_fine_tuning(done):
-    for name in CURVES:
-        filled = [row[name] != "" for row in done.rows]
-        assert filled == [True] * SEARCH + [name not in OF_THE_SEARCH] * FINETUNE, name
-
-
-def test_every_curve_shows_its_column(done):
-    events = EventAccumulator(str(done.folder / "logs"), size_guidance={"scalars": 0}).Reload()
-    for column, tag in CURVES.items():
-        points = {event.step: event.value for event in events.Scalars(tag)}
-        told = {int(row["epoch"]): float(row[column]) for row in done.rows if row[column]}
-        assert points == pytest.approx(told, rel=1e-6), column
-    assert set(events.Tags()["scalars"]) == set(CURVES.values())
-
-
 def test_the_summary_is_that_of_the_best_checkpoint(done):
     summary, best = done.summary, done.load("best.pt")
     for part in ("test", "heldout"):
@@ -214,20 +174,50 @@ def test_parameters_kept_are_those_of_the_thin_network(images, tmp_path):
     assert all_of_them == 1
 
 
-# ---- clocks ----
+# ---- the record of the scores; its content is tested in test_curves.py ----
 
 
-def test_clocks_go_on_where_a_run_was_stopped(images, tmp_path, done):
-    """In the second epoch of the search and in fine-tuning."""
-    assert run(tmp_path, images, interrupt_at=STEPS + 1, **SETTINGS).code == 130
-    assert run(tmp_path, images, "--resume", interrupt_at=STEPS, **SETTINGS).code == 130
-    parts = run(tmp_path, images, "--resume", **SETTINGS)
-    assert parts.code == done.code == 0
-    steps, evaluations = SEARCH * STEPS + FINETUNE * FINETUNE_STEPS, len(done.record.passes("evaluation"))
-    for each in (done, parts):
-        assert each.summary["train_seconds"] == steps
-        assert each.summary["seconds"] == steps + evaluations / 4
-    assert parts.column("epoch_seconds") == [STEPS] * SEARCH + [FINETUNE_STEPS] * FINETUNE
+def test_without_scores_the_record_holds_the_mask_and_without_units_there_is_none(images, tmp_path):
+    thin = run(tmp_path, images, "--no-finetune", name="thin", method="thin", epochs=1)
+    record = thin.scores
+    mask = kept_mask(thin.load("best.pt"))
+    assert record["scores"].shape == (0, len(mask))
+    assert record["epochs"].shape == (0,)
+    np.testing.assert_array_equal(record["chosen"], mask)
+    dense = run(tmp_path, images, "--no-finetune", name="dense", method="dense", epochs=1)
+    assert not (dense.folder / "scores.npz").exists()
+
+
+def test_a_disk_that_refuses_the_record_does_not_end_the_run(images, tmp_path, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainers.report, "write_arrays", full)
+    done = run(tmp_path, images, "--no-finetune", epochs=1)
+    assert done.code == 0
+    assert not (done.folder / "scores.npz").exists()
+    warned = [
+        line for line in capsys.readouterr().out.splitlines() if "scores.npz could not" in line or "train loss" in line
+    ]
+    assert "scores.npz could not be written" in warned[0]  # there from the start
+    assert "train loss" in warned[1]
+    assert "scores.npz could not be written" in warned[2]  # and after every epoch
+
+
+def test_a_run_of_an_older_version_goes_on(images, tmp_path):
+    """Its checkpoint lacks the steps of all phases, a clock, the scores of earlier epochs, and columns of the table."""
+    options = ("--no-finetune",), {"method": "thin", "epochs": 2}
+    stopped = run(tmp_path, images, *options[0], interrupt_at=STEPS, **options[1])
+    state = stopped.load("last.pt")
+    state = {key: value for key, value in state.items() if key not in ("steps", "at_last_point", "score_history")}
+    new = ("step", "evaluation_seconds", "data_seconds")
+    state["history"] = [{key: value for key, value in row.items() if key not in new} for row in state["history"]]
+    state["clocks"] = state["clocks"][:3]
+    torch.save(state, stopped.folder / "checkpoints/last.pt")
+    resumed = run(tmp_path, images, "--resume", *options[0], **options[1])
+    assert resumed.code == 0
+    assert [row["step"] for row in resumed.rows] == ["", str(STEPS - 1)]
+    assert resumed.rows[0]["train_loss"] == stopped.rows[0]["train_loss"] != ""
 
 
 # ---- ranks and devices ----

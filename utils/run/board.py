@@ -1,16 +1,22 @@
 """What a run shows in TensorBoard."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy
 import torch
+from google.protobuf.message import Message
 from PIL import Image, ImageDraw, ImageFont
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 # Pages of the custom scalars tab: page title -> chart title -> tags of the curves in that chart.
 Layout = Mapping[str, Mapping[str, Sequence[str]]]
+
+Option = str | bool | float
 
 HISTOGRAM_EDGES = numpy.linspace(0, 1, 31)  # the default ones are logarithmic: seven bins for all above 1/2
 
@@ -21,9 +27,9 @@ VIRIDIS = numpy.array([
 ])  # fmt: skip
 ZERO_COLOUR = (88, 88, 88)  # the colour map has no grey
 BACKGROUND = (255, 255, 255)
-ROW_HEIGHT = 12  # pixels; one more separates two rows
-MAP_WIDTH = 512  # pixels, unless a layer has more units
-KEY_LABEL = "key: 0 grey, up to 1"
+KEY_LABEL = "0 (grey) to 1"
+# In pixels, for a network without wide layers. TensorBoard shows every picture 350 pixels wide.
+PICTURE_WIDTH, ROW_HEIGHT, GAP, MARGIN, FONT_SIZE = 700, 26, 2, 6, 22
 
 
 class Board:
@@ -39,11 +45,13 @@ class Board:
         self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
     def layout(self, pages: Layout) -> None:
-        """Group curves into charts and charts into pages of the custom scalars tab."""
-        # TensorBoard takes tags for patterns that match any longer tag too.
+        """Group curves into charts and charts into pages of the custom scalars tab.
+
+        A tag that ends with a slash stands for all curves below it.
+        """
         self._writer.add_custom_scalars(
             {
-                page: {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for title, tags in charts.items()}
+                page: {title: ["Multiline", list(map(_pattern, tags))] for title, tags in charts.items()}
                 for page, charts in pages.items()
             }
         )
@@ -60,7 +68,54 @@ class Board:
 
     def score_map(self, step: int, scores: Mapping[str, torch.Tensor]) -> None:
         """Write one picture of all scores: a row for each layer, from its first unit to its last."""
-        self._writer.add_image("score_map", labelled_score_map(scores), step, dataformats="HWC")
+        self._writer.add_image("score_map", labelled_rows(scores, KEY_LABEL), step, dataformats="HWC")
+
+    def subnet(self, step: int, masks: Mapping[str, torch.Tensor]) -> None:
+        """Write a picture of a fixed subnet: kept channels are bright, the others grey."""
+        self._writer.add_image("chosen_subnet", labelled_rows(masks), step, dataformats="HWC")
+
+    def hyperparameters(
+        self, columns: Mapping[str, type], given: Mapping[str, Option], results: Mapping[str, str], first: Sequence[str]
+    ) -> None:
+        """Write the row of the run in the HParams tab.
+
+        Args:
+            columns: the type of each column. TensorBoard shows the columns of one run for all runs, so every run must
+                pass the same ones.
+            given: the columns that have a value in this run.
+            results: tags of the curves whose last values are shown beside them -> headings.
+            first: the columns that are shown without a click: TensorBoard selects the first five.
+        """
+        types = {str: "DATA_TYPE_STRING", bool: "DATA_TYPE_BOOL"}
+        experiment = api_pb2.Experiment(
+            hparam_infos=[
+                # TensorBoard sorts by name, but puts those before all others that are said to differ between runs.
+                api_pb2.HParamInfo(name=name, type=types.get(kind, "DATA_TYPE_FLOAT64"), differs=name in first)
+                for name, kind in columns.items()
+            ],
+            metric_infos=[
+                api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=heading)
+                for tag, heading in results.items()
+            ],
+        )
+        start = plugin_data_pb2.SessionStartInfo()
+        for name, value in given.items():
+            kind = {str: "string_value", bool: "bool_value"}.get(type(value), "number_value")
+            setattr(start.hparams[name], kind, value)
+        self._of_hparams(metadata.EXPERIMENT_TAG, experiment=experiment)
+        self._of_hparams(metadata.SESSION_START_INFO_TAG, session_start_info=start)
+
+    def finished(self) -> None:
+        """Mark the run as finished in the HParams tab."""
+        end = plugin_data_pb2.SessionEndInfo(status=api_pb2.Status.Value("STATUS_SUCCESS"))
+        self._of_hparams(metadata.SESSION_END_INFO_TAG, session_end_info=end)
+
+    def _of_hparams(self, tag: str, **content: Message) -> None:
+        # add_hparams of the writer would make a run of its own for them, named after the time.
+        data = plugin_data_pb2.HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
+        plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
+        value = Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))
+        self._writer.file_writer.add_summary(Summary(value=[value]))
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Write a text in Markdown."""
@@ -72,6 +127,11 @@ class Board:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _pattern(tag: str) -> str:
+    """TensorBoard takes a tag for a pattern, which would match any longer tag too."""
+    return f"^{re.escape(tag)}" if tag.endswith("/") else f"^{re.escape(tag)}$"
 
 
 def score_colours(scores: numpy.ndarray) -> numpy.ndarray:
@@ -86,40 +146,51 @@ def score_colours(scores: numpy.ndarray) -> numpy.ndarray:
     return colours
 
 
-def draw_score_map(rows: Sequence[numpy.ndarray]) -> numpy.ndarray:
+def draw_rows(rows: Sequence[numpy.ndarray], width: int, scale: int = 1) -> numpy.ndarray:
     """Picture with one row of colours for each array of scores, all of the same width, thin lines between.
 
-    Every unit gets at least one column of pixels: nobody has to guess whether one was left out.
-
+    Args:
+        rows: none has more scores than the picture has columns.
+        scale: factor on all heights.
     Returns: (height, width, 3) uint8.
     """
-    width = max(MAP_WIDTH, *(len(row) for row in rows))
-    picture = numpy.full((len(rows) * (ROW_HEIGHT + 1) - 1, width, 3), BACKGROUND, dtype=numpy.uint8)
+    pitch, gap = scale * (ROW_HEIGHT + GAP), scale * GAP
+    picture = numpy.full((len(rows) * pitch - gap, width, 3), BACKGROUND, dtype=numpy.uint8)
     for index, row in enumerate(rows):
         units = numpy.arange(width) * len(row) // width
-        top = index * (ROW_HEIGHT + 1)
-        picture[top : top + ROW_HEIGHT] = score_colours(row)[units]
+        picture[index * pitch : (index + 1) * pitch - gap] = score_colours(row)[units]
     return picture
 
 
-def labelled_score_map(scores: Mapping[str, torch.Tensor]) -> numpy.ndarray:
-    """The score map with each layer's name and number of units on the left, and a colour key below.
+def labelled_rows(values: Mapping[str, torch.Tensor], key: str = "") -> numpy.ndarray:
+    """One row of colours for each layer, from its first unit to its last.
 
+    On the left of a row are the layer's name and how many of its channels are kept: the sum of its mask, or of its
+    scores, which is what is expected. Every unit gets at least one column of pixels, so a network with wide layers gets
+    a picture that is larger in all its parts. It reads the same when TensorBoard makes it as small as any other.
+
+    Args:
+        values: scores in [0, 1] or masks (units,) by layer.
+        key: text beside a last row that shows the colours from 0 to 1; none if it is empty.
     Returns: (height, width, 3) uint8.
     """
-    rows = [layer_scores.detach().flatten().float().cpu().numpy() for layer_scores in scores.values()]
-    layers = draw_score_map(rows)
-    key = draw_score_map([numpy.linspace(0, 1, MAP_WIDTH)])
-    labels = [f"{name} ({len(row)})" for name, row in zip(scores, rows, strict=True)]
+    rows = [layer_values.detach().flatten().float().cpu().numpy() for layer_values in values.values()]
+    labels = [f"{name}  {row.sum():.0f}/{len(row)}" for name, row in zip(values, rows, strict=True)]
+    font = ImageFont.load_default(size=FONT_SIZE)
+    left = 3 * MARGIN + max(int(font.getlength(label)) for label in [*labels, key])
+    map_width = max(PICTURE_WIDTH - left, PICTURE_WIDTH // 3)  # names may be long
+    scale = -(-max(map(len, rows)) // map_width)
 
-    font = ImageFont.load_default()
-    left = 10 + max(int(font.getlength(label)) for label in [*labels, KEY_LABEL])
-    key_top = len(layers) + ROW_HEIGHT
-    picture = Image.new("RGB", (left + layers.shape[1], key_top + ROW_HEIGHT), BACKGROUND)
-    picture.paste(Image.fromarray(layers), (left, 0))
-    picture.paste(Image.fromarray(key), (left, key_top))
-    draw = ImageDraw.Draw(picture)
-    tops = [*(index * (ROW_HEIGHT + 1) for index in range(len(labels))), key_top]
-    for top, label in zip(tops, [*labels, KEY_LABEL], strict=True):
-        draw.text((4, top), label, fill=(0, 0, 0), font=font)
+    layers, pitch = draw_rows(rows, scale * map_width, scale), scale * (ROW_HEIGHT + GAP)
+    if key:
+        ramp = draw_rows([numpy.linspace(0, 1, scale * map_width)], scale * map_width, scale)
+        layers = numpy.concatenate([layers, numpy.full_like(ramp[: pitch // 2], BACKGROUND[0]), ramp])
+    picture = Image.new("RGB", (scale * (left + map_width), len(layers)), BACKGROUND)
+    picture.paste(Image.fromarray(layers), (scale * left, 0))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=scale * FONT_SIZE)
+    tops = [*range(0, len(rows) * pitch, pitch), len(layers) - scale * ROW_HEIGHT]
+    for top, label in zip(tops, [*labels, key], strict=True):
+        # TensorBoard leaves out pixels to make a picture smaller, and with them thin lines of letters: these are bold.
+        for right, down in itertools.product((0, scale), repeat=2):
+            draw.text((scale * MARGIN + right, top + down), label, fill=(0, 0, 0), font=font)
     return numpy.asarray(picture)

@@ -2,7 +2,7 @@
 
 <log_dir>/<config_stem>/<name>/prune_rate=<keep_ratio>/        the first run, as in the released code
 <log_dir>/<config_stem>/<name>/prune_rate=<keep_ratio>/1/      the second, and so on
-    config.yaml  command.txt  env.json  results.csv  logs/  checkpoints/
+    config.yaml  command.txt  env.json  results.csv  scores.npz  events.out.tfevents.*  checkpoints/
 """
 
 import csv
@@ -44,7 +44,7 @@ CPU_FLAGS = [
 
 
 def create_run_folder(log_dir: str | Path, config_stem: str, name: str, keep_ratio: float) -> Path:
-    """Make the folder of a new run, with `logs/` and `checkpoints/`; never one that another run has.
+    """Make the folder of a new run, with `checkpoints/`; never one that another run has.
 
     `os.mkdir` decides: of several processes that ask for the same folder exactly one gets it, the others
     go on to the next number.
@@ -62,7 +62,6 @@ def create_run_folder(log_dir: str | Path, config_stem: str, name: str, keep_rat
             except FileExistsError:
                 # One above the highest, not the first gap: then the highest is always the newest.
                 folder = base / str(max(_repeats(base), default=0) + 1)
-        (folder / "logs").mkdir()
         (folder / "checkpoints").mkdir()
     except OSError as error:
         raise UserError(
@@ -306,7 +305,18 @@ def write_json(path: str | Path, content: Any) -> None:
     _replace_text(Path(path), json.dumps(content, indent=2) + "\n")
 
 
+def write_arrays(path: str | Path, arrays: Mapping[str, numpy.ndarray]) -> None:
+    """Write named arrays as an .npz file; a reader sees the old content or the new, never half of it."""
+    buffer = io.BytesIO()
+    numpy.savez(buffer, **arrays)
+    _replace(Path(path), buffer.getvalue())
+
+
 def _replace_text(path: Path, text: str) -> None:
+    _replace(path, text.encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
