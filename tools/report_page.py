@@ -38,8 +38,8 @@ caption { text-align: left; font-weight: 600; padding-bottom: .35rem; white-spac
 th, td { padding: .35rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; }
 thead th { white-space: normal; }
-th.name, td.name { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-td.name:nth-child(2) { min-width: 8rem; max-width: 18rem; }
+th.name, td.name { text-align: left; }
+td.name:nth-child(2) { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; max-width: 18rem; }
 th.option, td.option { background: var(--tint); }
 details { border-top: 1px solid var(--line); padding: .75rem 0; }
 details:last-of-type { border-bottom: 1px solid var(--line); }
