@@ -43,7 +43,7 @@ def finetune_epochs_for(epochs: int) -> int:
 
 
 def score_lr_for(updates: int) -> float:
-    """3.5 / sqrt(updates) to three digits, but at most 0.5: about what drove the scores to 0 or 1 in our trials.
+    """3.5 / sqrt(updates) to three digits, but at most 0.5; the formula is that of our recipes (docs/training.md).
 
     The limit keeps a score of a very short search from crossing from 0 to 1 in one step. Source: ours.
 

@@ -286,6 +286,7 @@ def test_a_config_file_is_read_as_main_reads_it(tmp_path):
         ("--scores middle", "middle does not exist"),
         ("--colour red", "--colour"),
         ("--method thin", "method thin has no scores"),
+        ("--batch-size auto", "batch_size is auto, which depends on the number of training images, and the bench"),
         ("--resume somewhere", "pass --scores RUN"),
         ("--keep-ratio 0.99 --scores late --width-mult 0.0625", "do not go with --scores late"),
         ("--scores RUN --arch vgg16", "do not fit layer"),
