@@ -89,8 +89,11 @@ class Recipe:
         config, first = self.config, self.method.first_phase
         parts = [(first, config.total_epochs, config.train.batch_size)]
         if config.finetunes:
-            tuned = ("finetune", config.finetune.finetune_epochs, config.finetune.finetune_batch_size)
-            parts = [(first, config.train.epochs, config.train.batch_size), tuned]
+            searched = config.train.epochs
+            if self.run.phase == "finetune":  # a finished run that became longer did not search for longer
+                searched = sum(row["phase"] == first for row in self.run.history)
+            tuned = ("finetune", config.total_epochs - searched, config.finetune.finetune_batch_size)
+            parts = [(first, searched, config.train.batch_size), tuned]
         return [Stage(name, epochs, self.data.train.num_train_batches(size), size) for name, epochs, size in parts]
 
     @property

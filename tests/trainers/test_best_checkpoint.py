@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +87,7 @@ def test_the_facts_prepare_an_image_of_a_named_set_as_evaluation_does(tmp_path, 
     """Stored images are 28x28 and grey, or 32x32 in colour; here they come from small files made for the test."""
     if name.startswith("CIFAR"):
         write_cifar(tmp_path, name, monkeypatch)
-        cifar = sources.CIFAR_CLASSES[name]
-        content = pickle.loads((tmp_path / cifar.base_folder / cifar.test_list[0][0]).read_bytes())
-        stored = content["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        stored = sources.CIFAR_CLASSES[name](str(tmp_path), train=False).data
     else:
         stored = write_idx_files(tmp_path / name / "raw", compress=False)[2]
     data = build_data(name, tmp_path)

@@ -107,9 +107,11 @@ def test_a_search_that_has_ended_stays_ended_and_everything_goes_on(images, tmp_
     assert after.summary["train_seconds"] == summary["train_seconds"] + 2 * FINETUNE_STEPS
     assert (after.load("last.pt")["subnet"]["mask"] == before.load("last.pt")["subnet"]["mask"]).all()
     assert parse_args(["--config", str(after.folder / "config.yaml")]).config.train.epochs == 3
-    events = EventAccumulator(str(after.folder / "logs"))
+    assert f"finetune epoch 4/4 step {FINETUNE_STEPS}/{FINETUNE_STEPS}" in said
+    events = EventAccumulator(str(after.folder))
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    ends = [STEPS + epoch * FINETUNE_STEPS for epoch in range(4)]
+    assert [event.step for event in events.Scalars("train/loss")] == ends
 
 
 def test_the_best_of_the_whole_run_stays_the_result(images, tmp_path, monkeypatch):

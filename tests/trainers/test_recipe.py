@@ -338,5 +338,6 @@ def test_the_stages_of_a_run_are_all_of_its_steps(options, stages):
     sizes = {"epochs": 3, "batch_size": 100, "finetune_epochs": 2, "finetune_batch_size": 50}
     config = config_from_dict({**sizes, **options}, "here")
     images = SimpleNamespace(num_train_batches=lambda size: 1000 // size)
-    recipe = SimpleNamespace(config=config, method=make_method(config), data=SimpleNamespace(train=images))
+    data, run = SimpleNamespace(train=images), SimpleNamespace(phase=stages[0].name)
+    recipe = SimpleNamespace(config=config, method=make_method(config), data=data, run=run)
     assert trainers.recipe.Recipe.stages(recipe) == stages
