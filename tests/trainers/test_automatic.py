@@ -19,6 +19,7 @@ from trainers.automatic import (
     undecided,
     values_by_rule,
 )
+from trainers.devices import check_ranks
 from utils.errors import UserError
 from utils.run.checkpoint import load
 
@@ -140,6 +141,14 @@ def test_a_program_without_images_refuses_auto():
     ):
         check_settled(parse_args(["--config", OWN_IMAGES]).config, "the bench")
     check_settled(parse_args(["--device", "auto"]).config, "the bench")
+
+
+def test_sizes_that_are_auto_are_checked_once_they_are_known(monkeypatch):
+    monkeypatch.setattr("trainers.devices.num_started", lambda: 10)
+    config = parse_args(["--config", OWN_IMAGES]).config
+    check_ranks(config, [])
+    with pytest.raises(UserError, match="batch_size 16 is the total of 10 processes"):
+        check_ranks(settled(config, some_data(240, 0.0)), [])
 
 
 # ---- a whole run ----
