@@ -98,7 +98,7 @@ def test_a_run_is_measured_with_its_own_options_images_and_scores(tmp_path, monk
     data = SimpleNamespace(
         fingerprint="abc", facts=lambda: {"image_size": 16, "class_names": list("abcd"), "channels": 1}
     )
-    state = run.model_state(config, data.fingerprint) | {
+    state = run.model_state(config, data) | {
         "images": data.facts(),
         "widths": dict.fromkeys(run.network.layers, 1),
     }

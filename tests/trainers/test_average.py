@@ -129,7 +129,7 @@ def test_a_run_resumed_in_fine_tuning_ends_bit_equal(pruned, images):
 
 def test_ranks_compare_their_averages():
     class Network:
-        model = torch.nn.Linear(1, 1)
+        model, num_units = torch.nn.Linear(1, 1), 0
 
     state = RunState(Network, None, torch.optim.SGD(Network.model.parameters()), "dense", None)
     before = set(state.replicated())
