@@ -41,7 +41,10 @@ def finished(images, tmp_path_factory) -> Run:
     return run(tmp_path_factory.mktemp("finished"), images, **SHORT)
 
 
-@pytest.mark.parametrize("case", LONGER)
+SLOW = ("fine-tuning", "finished thin", "no fine-tuning")  # the others are nearly the same
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in LONGER])
 def test_with_constant_rates_a_run_that_became_longer_is_a_run_of_that_length(images, tmp_path, case, capsys):
     """Bit by bit: weights, optimizers, history, clocks, and best.pt, which is that of the whole run."""
     first, interrupt_at, options, whole = LONGER[case]

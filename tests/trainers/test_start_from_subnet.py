@@ -127,8 +127,10 @@ def kept(new: RunState) -> np.ndarray:
     [
         {"method": "dense"},
         {"method": "vrpge", "budget_schedule": "cubic", "budget_end": 1.0},
-        {"method": "vrpge", "estimator": "linear_cv_gates", "constrain_by_layer": True},
-        {"method": "sfp"},
+        pytest.param(
+            {"method": "vrpge", "estimator": "linear_cv_gates", "constrain_by_layer": True}, marks=pytest.mark.slow
+        ),
+        pytest.param({"method": "sfp"}, marks=pytest.mark.slow),
         {"method": "slimming"},
     ],
     ids=lambda options: options.get("estimator", options["method"]),
