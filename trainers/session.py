@@ -139,8 +139,9 @@ class Session:
                 Recipe(config, data, run, reporter, stop).execute()
             except Stopped:
                 reporter.save(run)
-                how = shlex.join([*starter(config), "main.py", "--resume", checkpoint_of(folder, LAST)])
-                announce(f"stopped after step {run.step} of epoch {run.epoch + 1}, saved; go on with: {how}")
+                if writes:
+                    how = shlex.join([*starter(config), "main.py", "--resume", checkpoint_of(folder, LAST)])
+                    announce(f"stopped after step {run.step} of epoch {run.epoch + 1}, saved; go on with: {how}")
                 code = stop.exit_code
             except Diverged as error:
                 announce(f"error: {error}")
