@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
 from utils.errors import UserError
-from utils.run.folder import BEST, resolve_run
+from utils.run.folder import BEST, LAST, checkpoint_of, resolve_run
 from utils.run.progress import announce
 
 TRAINED_LIKE_THIS = "use the arch, width_mult, set and image size they were trained with"
@@ -104,7 +104,16 @@ def _refuse(source: str, reason: str) -> NoReturn:
 
 def _file_of(source: str) -> str:
     """A run folder means its result."""
-    return str(resolve_run(source, (BEST,))[1]) if os.path.isdir(source) else source
+    if not os.path.isdir(source):
+        return source
+    folder, file = resolve_run(source, (BEST, LAST))
+    if file.name == LAST:
+        _refuse(
+            source,
+            f"the run in {folder} has no checkpoints/{BEST} yet; finish it with `python main.py --resume "
+            f"{checkpoint_of(folder, LAST)}`",
+        )
+    return str(file)
 
 
 def _read(path: str) -> Any:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 
+from trainers.devices import thread_words
 from utils.errors import UserError
 from utils.run.folder import environment_facts
 
@@ -47,7 +48,7 @@ def headline(device: torch.device) -> str:
     """The processor, torch and the commit that a measurement was made with."""
     facts = environment_facts(device)
     return (
-        f"{facts['gpu'] or facts['cpu']} ({facts['cpu_capability']}), {facts['num_threads']} threads, "
+        f"{facts['gpu'] or facts['cpu']} ({facts['cpu_capability']}), {thread_words(facts['num_threads'])}, "
         f"torch {facts['torch']}, commit {facts['git_commit']}{' with changes' if facts['git_dirty'] else ''}"
     )
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from trainers.devices import thread_words
+
 CHOICE = {
     "vrpge": "VR-PGE learnt a score for every channel while it trained the weights, and drew masks from the scores.",
     "coin": "The scores of the channels were trained with losses dealt out by a coin, as a control.",
@@ -89,7 +91,7 @@ It tells {len(classes)} classes apart: {shown}.
 {_costs(costs)}
 
 Multiply-adds are those of one image. Latencies are medians in milliseconds, with quartiles, of float32 on
-{versions["cpu"]} ({versions["cpu_capability"]}), {versions["num_threads"]} threads, torch {versions["torch"]}.
+{versions["cpu"]} ({versions["cpu_capability"]}), {thread_words(versions["num_threads"])}, torch {versions["torch"]}.
 *masked* is the full network, multiplied by masks.
 
 ## How to load it

@@ -118,8 +118,8 @@ def sentences(run: RunFacts, dense: RunFacts | None) -> list[str]:
     if not run.finished:
         told.append(f"The run is not finished: {run.epochs} of {run.planned_epochs} epochs are done.")
     if run.kept is not None and not run.is_dense:
-        budget = f"{100 * options['keep_ratio']:g} % of the {COUNTED[options['budget']]}"
-        told.append(f"The network keeps {percent(run.kept)} of its channels; it was allowed to keep {budget}.")
+        budget = f" (budget: {100 * options['keep_ratio']:g} % of the {COUNTED[options['budget']]})"
+        told.append(f"It keeps {percent(run.kept)} of the channels{'' if options['method'] == 'dense' else budget}.")
     if run.accuracy is not None:
         told.append(f"It classifies {accuracy_words(run)}.")
         told.append(_origin(run))
@@ -130,14 +130,14 @@ def sentences(run: RunFacts, dense: RunFacts | None) -> list[str]:
     if run.seconds is not None:
         told.append(
             f"Training {'took' if run.finished else 'has taken'} {duration(run.seconds)}, of which "
-            f"{duration(run.train_seconds)} were epochs of training."
+            f"{duration(run.train_seconds)} were training steps."
         )
     if run.train_flops_ratio is not None:
         told.append(f"It cost {percent(run.train_flops_ratio)} of the FLOPs of dense training for as many epochs.")
     if dense is not None:
         told.append(
             f'The dense run "{dense.name}" took {duration(dense.seconds)} on the same machine, of which '
-            f"{duration(dense.train_seconds)} were epochs of training."
+            f"{duration(dense.train_seconds)} were training steps."
         )
     return told
 

@@ -113,7 +113,8 @@ class RunFacts:
 
     @property
     def is_dense(self) -> bool:
-        return self.options["method"] == "dense"
+        """Whether the whole network was trained. `--method dense` trains a part of it if it starts from a subnet."""
+        return self.options["method"] == "dense" and self.flops_ratio in (None, 1.0)
 
     @property
     def stretches(self) -> list[Stretch]:

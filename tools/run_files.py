@@ -66,7 +66,8 @@ def read_run(folder: Path) -> RunFacts:
         )
     if summary and not summary.get("test_images"):
         missing.append("summary.json does not tell the number of test images, so the accuracy has no interval.")
-    layers = None if options["method"] == "dense" else _read_layers(folder / "checkpoints" / "best.pt", missing)
+    best = folder / "checkpoints" / "best.pt"
+    layers = None if options["method"] == "dense" and not best.is_file() else _read_layers(best, missing)
     scores = read_scores(folder / "scores.npz")
     if scores is None and options["method"] in OPTIONS["score_lr"].read_by:
         missing.append("scores.npz is missing, so the page cannot show scores and kept channels over time.")
@@ -108,7 +109,7 @@ def _read_layers(path: Path, missing: list[str]) -> list[Layer] | None:
         missing.append("checkpoints/best.pt is from a version that did not store the widths of the layers.")
         return None
     widths = {name.removesuffix(".scores"): len(t) for name, t in state["model"].items() if name.endswith(".scores")}
-    return [Layer(name, width, state["widths"][name]) for name, width in widths.items()]
+    return [Layer(name, width, state["widths"][name]) for name, width in widths.items()] or None
 
 
 def read_scores(path: Path) -> Scores | None:
@@ -137,12 +138,12 @@ def read_scores(path: Path) -> Scores | None:
 
 def comparison_notes(runs: Sequence[RunFacts]) -> list[str]:
     """Sentences that a reader needs who compares these runs."""
-    notes = ["Training FLOPs are told as the number of epochs of dense training that cost as much."]
+    notes = ["Training FLOPs are given as the number of epochs of dense training that cost as much."]
     fingerprints = {run.summary.get("data_fingerprint") for run in runs} - {None}
     if len({run.task for run in runs}) > 1 or len(fingerprints) > 1:
         notes.append(
-            "The runs are of different networks or images. FLOPs are told against the dense network of each run, so "
-            "they can be compared only between runs of one network and the same images."
+            "The runs are of different networks or training images. FLOPs are given against the dense network of each "
+            "run, so they can be compared only between runs of one network."
         )
     if len({run.machine for run in runs}) > 1:
         notes.append("The runs were made on different machines or threads, so their seconds cannot be compared.")

@@ -87,7 +87,7 @@ class Result:
             model=replace(stored.model, pretrained=None),  # the weights come from the checkpoint
             train=replace(stored.train, precision="fp32"),
         )
-        network = make_network(config, _shapes(state["images"]), CPU)
+        network = make_network(config, _shapes(state["images"]), CPU, state)
         restore_model(network, state)
         subnet = Subnet.from_state_dict(state["subnet"], CPU)
         return cls(folder, file, state, config, network, subnet, stored.train.precision)
@@ -105,7 +105,7 @@ class Result:
     def full(self) -> SparseNetwork:
         """The full network with its first weights, in masked execution: a run may have lost the full weights."""
         config = replace(self.config, sparsity=replace(self.config.sparsity, execution="masked"))
-        network = make_network(config, _shapes(self.images), CPU)
+        network = make_network(config, _shapes(self.images), CPU, self.state)
         network.model.to(memory_format=torch.contiguous_format).eval()
         return network
 

@@ -137,9 +137,11 @@ def result_lines(summary: dict[str, Any], config: Config) -> list[str]:
         "choosing and saving"
     )
     lines["run folder"] = s["run"]
-    lines["curves"] = f"tensorboard --logdir {shlex.quote(config.run.log_dir)} --host 127.0.0.1"
+    below = Path(config.run.log_dir).resolve() in Path(s["run"]).resolve().parents  # not if somebody has moved it
+    curves = config.run.log_dir if below else s["run"]
+    lines["curves"] = f"tensorboard --logdir {shlex.quote(curves)} --host 127.0.0.1"
     lines["same number again"] = f"python main.py --evaluate --resume {best}"
-    if s["budget"] is not None:
+    if s["method"] != "released":  # its dropped channels take part in the result
         lines["take it home"] = f"python -m tools.export {best}"
     epochs = "1 epoch" if s["epochs"] == 1 else f"{s['epochs']} epochs"
     return [f"trained {s['arch']} on {s['set']}: {epochs}", *(f"{name:17}  {text}" for name, text in lines.items())]

@@ -213,6 +213,16 @@ def test_a_dense_network(images, tmp_path, capsys):
     assert facts["costs"]["exported"]["bytes"] == facts["costs"]["dense"]["bytes"]
 
 
+def test_a_dense_run_that_started_from_a_subnet(images, trained, tmp_path):
+    """Its network is that subnet, though the method keeps all channels."""
+    start = str(trained.folder / "checkpoints" / "best.pt")
+    dense = run(tmp_path, images, "--method", "dense", "--pretrained", start, epochs=1, finetune_epochs=1)
+    assert export.main([str(dense.folder)]) == 0
+    costs = read_facts(dense.folder / "export")["costs"]
+    assert costs["exported"]["parameters"] / costs["dense"]["parameters"] == pytest.approx(dense.summary["params_kept"])
+    assert dense.summary["params_kept"] < 0.9
+
+
 def test_latencies_are_medians_of_rounds_in_turn(monkeypatch):
     clock, order = [0.0], []
 

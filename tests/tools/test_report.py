@@ -53,19 +53,19 @@ def test_the_sentences_about_a_finished_run(tmp_path):
     run, dense = read_runs([write_run(tmp_path / "a", options={"budget": "flops"}), write_dense(tmp_path / "d")])
     assert sentences(run, dense) == [
         "vgg16 at 0.25 times its width was trained on FashionMNIST-mini with method vrpge.",
-        "The network keeps 45.6 % of its channels; it was allowed to keep 50 % of the FLOPs.",
+        "It keeps 45.6 % of the channels (budget: 50 % of the FLOPs).",
         "It classifies 43.00 % of 400 test images correctly (95 % interval 38.2 % to 47.9 %).",
         "This is the network after epoch 4 of 4.",
         "It needs 23.4 % of the FLOPs of the dense network and has 34.5 % of its parameters.",
-        "Training took 2 min 20 s, of which 1 min 40 s were epochs of training.",
+        "Training took 2 min 20 s, of which 1 min 40 s were training steps.",
         "It cost 56.7 % of the FLOPs of dense training for as many epochs.",
-        'The dense run "d" took 3 min 20 s on the same machine, of which 2 min 40 s were epochs of training.',
+        'The dense run "d" took 3 min 20 s on the same machine, of which 2 min 40 s were training steps.',
     ]
     assert sentences(dense, None) == [
         "vgg16 at 0.25 times its width was trained on FashionMNIST-mini with method dense.",
         "It classifies 83.00 % of 400 test images correctly (95 % interval 79.0 % to 86.4 %).",
         "This is the network after epoch 4 of 4.",
-        "Training took 3 min 20 s, of which 2 min 40 s were epochs of training.",
+        "Training took 3 min 20 s, of which 2 min 40 s were training steps.",
         "It cost 110.0 % of the FLOPs of dense training for as many epochs.",
     ]
 
@@ -78,7 +78,7 @@ def test_the_sentences_about_an_unfinished_run(tmp_path):
         "It classifies 23.00 % of the test images correctly.",
         "This is the network after epoch 2, the last one that was tested.",
         "It needs 22.0 % of the FLOPs of the dense network.",
-        "Training has taken 41 s, of which 30 s were epochs of training.",
+        "Training has taken 41 s, of which 30 s were training steps.",
         "It cost 58.0 % of the FLOPs of dense training for as many epochs.",
     ]
 

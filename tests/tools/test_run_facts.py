@@ -163,6 +163,9 @@ def test_a_dense_run_is_compared_only_if_all_that_decides_its_time_is_the_same(t
     run, dense = read_runs([write_run(tmp_path / "a"), write_dense(tmp_path / "d")])
     assert dense_twin(run, [run, dense]) is dense
     assert dense_twin(dense, [run, dense]) is None
+    part = write_dense(tmp_path / "part", flops_ratio=0.2, units_kept=0.5)  # it started from a subnet
+    assert dense_twin(run, [run, read_run(part)]) is None
+    assert read_run(part).kept == 0.5
     assert run.costs(dense) == {
         **{"inference FLOPs": 0.234, "parameters": 0.345, "training FLOPs": 0.567},
         **{"time of training steps": 100 / 160, "time of the whole run": 140 / 200},
@@ -189,8 +192,8 @@ def test_notes_warn_of_what_cannot_be_compared(tmp_path):
     images = read_run(write_run(tmp_path / "e", summary={"data_fingerprint": "abd"}))
     running = read_run(write_run(tmp_path / "f", summary={}))
     assert "seconds cannot be compared" in comparison_notes([*same, machine])[1]
-    assert "different networks or images" in comparison_notes([*same, network])[1]
-    assert "different networks or images" in comparison_notes([*same, images])[1]
+    assert "different networks or training images" in comparison_notes([*same, network])[1]
+    assert "different networks or training images" in comparison_notes([*same, images])[1]
     assert ["unfinished" in note for note in comparison_notes([*same, running])] == [False, True]
 
 

@@ -15,6 +15,7 @@ SUMMARY = {
     "arch": "vgg16",
     "set": "CIFAR100",
     "classes": 100,
+    "method": "vrpge",
     "keep_ratio": 0.3,
     "budget": "channels",
     "test_top1": 71.25,
@@ -77,9 +78,18 @@ def test_what_is_kept_is_told_in_the_unit_that_was_asked_for(budget, line, told)
     assert "channels kept" not in told_of
 
 
-def test_a_dense_network_has_no_kept_share_and_nothing_to_export():
-    told = lines(budget=None, units_kept=None, execution="dense")
-    assert not {"channels kept", "parameters kept", "FLOPs kept", "take it home"} & told.keys()
+def test_a_dense_network_has_no_kept_share():
+    told = lines(budget=None, units_kept=None, execution="dense", method="dense")
+    assert not {"channels kept", "parameters kept", "FLOPs kept"} & told.keys()
+    assert "take it home" in told
+
+
+def test_a_network_that_cannot_be_exported_is_not_said_to_be():
+    assert "take it home" not in lines(method="released")
+
+
+def test_curves_are_looked_for_where_the_run_lies():
+    assert lines(run="elsewhere/a")["curves"] == "tensorboard --logdir elsewhere/a --host 127.0.0.1"
 
 
 def test_masked_execution_computes_what_it_computes():
