@@ -208,7 +208,8 @@ class ModelConfig:
     )
     pretrained: str | None = option(
         None,
-        "first weights: a checkpoint, a state dict, or the name of torchvision's such as ResNet50_Weights.DEFAULT",
+        "first weights: a run folder, a checkpoint, a state dict, or a name of torchvision weights, such as "
+        "ResNet50_Weights.DEFAULT",
         metavar="PATH",
         common=True,
     )
@@ -438,7 +439,7 @@ class FinetuneConfig:
     )
     finetune_epochs: int | Literal["auto"] = option(
         40,
-        "epochs of fine-tuning; methods without a search train for as many more; auto: half as many as the search",
+        "epochs of fine-tuning; methods without a search add them to epochs; auto: half as many as the search",
         within="[1, inf)",
         read_by=(),
         common=True,
@@ -649,5 +650,5 @@ def check_resume(stored: Config, arguments: Arguments) -> Config:
         taken |= {"device", "multigpu"}  # two ways to say one thing: a new answer replaces both
     taken |= {key for key, entry in OPTIONS.items() if entry.resumed == "this command"}
     config = config_from_dict({**before, **{key: now[key] for key in taken}}, "resumed run")
-    check_effect(OPTIONS, config, flags)
+    check_effect(OPTIONS, config, flags, resumed=True)
     return config

@@ -280,7 +280,7 @@ def check_lines(result: Result, comparisons: dict[str, Comparison], reason: str)
     """What was compared, and how closely it agrees."""
     kind = f"random images, because {reason}" if reason else "test images"
     lines = [
-        f"{name}: logits of the run's subnet on {c.images:,} {kind}, to {c.difference:.1e} "
+        f"{name}: its logits differ from the run's by at most {c.difference:.1e} on {c.images:,} {kind} "
         f"(allowed: {c.allowed:.1e}, that is {TOLERANCE:g} of the largest logit)"
         for name, c in comparisons.items()
     ]

@@ -29,12 +29,12 @@ from utils.errors import UserError
 def read_command_line(argv: Sequence[str]) -> Namespace:
     parser = ToolParser(
         "tools.predict",
-        "Tell the likeliest classes of images. The model.py in the folder is run, so use folders that you trust.",
+        "Print the most likely classes of images. The model.py in the folder is run, so use folders that you trust.",
     )
     parser.add_argument("folder", metavar="DIR", help="a folder that tools.export has written")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
     parser.add_argument(
-        "--top", type=whole_number(1, 1000), default=3, metavar="N", help="classes to tell of each image (default: 3)"
+        "--top", type=whole_number(1, 1000), default=3, metavar="N", help="classes to print for each image (default: 3)"
     )
     return parser.parse_args(argv)
 

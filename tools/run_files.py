@@ -19,7 +19,7 @@ from args import OPTIONS, config_from_dict, config_to_dict
 from tools.run_facts import Layer, RunFacts, Scores
 from tools.tables import NO_NUMBERS
 from utils.errors import UserError
-from utils.options import why_unread
+from utils.options import why_unread, worded
 from utils.run import checkpoint
 
 READS = "the report reads config.yaml, results.csv, summary.json, scores.npz and checkpoints/best.pt of a run"
@@ -175,7 +175,7 @@ def differing_options(runs: Sequence[RunFacts]) -> dict[str, list[Any]]:
     for key in OPTIONS:
         if key in NO_NUMBERS and key != "seed":
             continue
-        values = [None if why_unread(OPTIONS, run.options, key) else str(run.options[key]) for run in runs]
+        values = [None if why_unread(OPTIONS, run.options, key) else worded(run.options[key]) for run in runs]
         if len(set(values) - {None}) > 1:
             found[key] = values
     return found

@@ -97,10 +97,10 @@ def settled(config: Config, data: DataSplits) -> Config:
     read = [key for key in chosen if not why_unread(OPTIONS, values, key)]
     if read:
         told = ", ".join(f"{key} {worded(values[key])}" for key in read)
-        announce(f"chosen for {len(data.train):,} training images: {told}; each of them is an option")
+        announce(f"set from {len(data.train):,} training images: {told}; pass any of these options to change it")
     if "holdout" in read and values["holdout"] == 0:
         announce(
-            f"with fewer than {HOLDOUT_FROM:,} images none are held out: what is chosen is chosen on training images, "
+            f"with fewer than {HOLDOUT_FROM:,} images none are held out: training images choose the subnet, "
             "and the last epoch is the result"
         )
     return result

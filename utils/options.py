@@ -266,7 +266,7 @@ def shown(value: object) -> str:
 
 def worded(value: object) -> str:
     """A value as a user would write it."""
-    return ("on" if value else "off") if isinstance(value, bool) else str(value)
+    return ("on" if value else "off") if isinstance(value, bool) else "none" if value is None else str(value)
 
 
 def flag_of(key: str) -> str:
@@ -313,12 +313,16 @@ def why_unread(options: Options, values: Mapping[str, Any], key: str) -> str:
     return ""
 
 
-def check_effect(options: Options, config: Any, flags: Iterable[str]) -> None:
-    """Refuse keys on the command line (`flags`) that nothing reads in this config."""
+def check_effect(options: Options, config: Any, flags: Iterable[str], resumed: bool = False) -> None:
+    """Refuse keys on the command line (`flags`) that nothing reads in this config.
+
+    A run that is `resumed` keeps its options, so no other ones are advised then.
+    """
     values = flatten(config)
     useless: dict[str, list[str]] = {}
     for key in flags:
         if reason := why_unread(options, values, key):
+            reason = reason.partition(", or pass")[0] if resumed else reason
             useless.setdefault(reason, []).append(flag_of(key))
     for reason, names in useless.items():
         verb, it = ("has", "it") if len(names) == 1 else ("have", "them")

@@ -102,8 +102,8 @@ def test_what_was_chosen_is_told_in_the_words_of_options(capsys):
     result = settled(config, some_data(240, 0.0))
     told = capsys.readouterr().out
     assert (
-        "chosen for 240 training images: holdout 0.0, batch_size 16, score_lr 0.202, finetune_epochs 10, "
-        "finetune_batch_size 16, sample_from_training_set on; each of them is an option\n"
+        "set from 240 training images: holdout 0.0, batch_size 16, score_lr 0.202, finetune_epochs 10, "
+        "finetune_batch_size 16, sample_from_training_set on; pass any of these options to change it\n"
     ) in told
     assert "with fewer than 5,000 images none are held out" in told
     assert "the last epoch is the result" in told
@@ -114,7 +114,7 @@ def test_what_was_chosen_is_told_in_the_words_of_options(capsys):
 def test_only_what_the_method_reads_is_told(capsys):
     settled(parse_args(["--config", OWN_IMAGES, "--method", "thin"]).config, some_data(18000, 0.1))
     told = capsys.readouterr().out
-    assert "chosen for 18,000 training images: holdout 0.1, epochs 11, batch_size 128, finetune_epochs 6;" in told
+    assert "set from 18,000 training images: holdout 0.1, epochs 11, batch_size 128, finetune_epochs 6;" in told
     assert "held out:" not in told
 
 
