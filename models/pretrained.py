@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
 from utils.errors import UserError
-from utils.run.folder import BEST, LAST, checkpoint_of, resolve_run
+from utils.run.folder import BEST, LAST, no_result_yet, resolve_run
 from utils.run.progress import announce
 
 TRAINED_LIKE_THIS = "use the arch, width_mult, set and image size they were trained with"
@@ -108,11 +108,7 @@ def _file_of(source: str) -> str:
         return source
     folder, file = resolve_run(source, (BEST, LAST))
     if file.name == LAST:
-        _refuse(
-            source,
-            f"the run in {folder} has no checkpoints/{BEST} yet; finish it with `python main.py --resume "
-            f"{checkpoint_of(folder, LAST)}`",
-        )
+        _refuse(source, no_result_yet(folder))
     return str(file)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from tools.run_facts import COUNTED, RunFacts
 from tools.step_times import StepTimes
+from trainers.devices import thread_words
 
 CSS = """\
 :root { color-scheme: light; --ink: #222; --soft: #5c5c5c; --line: #dcdcdc; --tint: #fdf3e4; }
@@ -160,7 +161,7 @@ def machine_words(run: RunFacts) -> str:
     facts = run.environment
     processor = facts.get("gpu") or facts.get("cpu") or "an unknown processor"
     threads, commit = facts.get("num_threads"), facts.get("git_commit")
-    told = [processor, f"{threads} thread{'' if threads == 1 else 's'}" if threads else ""]
+    told = [processor, thread_words(threads) if threads else ""]
     told += [run.options["precision"], f"torch {facts['torch']}" if facts.get("torch") else ""]
     told += [f"commit {commit[:12]}{' with changes' if facts.get('git_dirty') else ''}" if commit else ""]
     return f"Made with {', '.join(filter(None, told))}, seed {run.options['seed']}."

@@ -23,7 +23,7 @@ from utils.channels.plain import PlainNetwork, plain_network
 from utils.channels.subnet import Subnet
 from utils.errors import UserError
 from utils.run import checkpoint
-from utils.run.folder import BEST, LAST, checkpoint_of, resolve_run
+from utils.run.folder import BEST, LAST, no_result_yet, resolve_run
 
 CPU = torch.device("cpu")
 RANDOM_IMAGES = 64
@@ -38,10 +38,7 @@ def find_result(path: Path) -> tuple[Path, Path]:
         return path.absolute().parent, path
     folder, file = resolve_run(path, (BEST, LAST))
     if path.is_dir() and file.name == LAST:
-        raise UserError(
-            f"the run in {folder} has no checkpoints/{BEST} yet: it is written once a subnet has been chosen; finish "
-            f"the run with `python main.py --resume {checkpoint_of(folder, LAST)}`"
-        )
+        raise UserError(no_result_yet(folder))
     return folder, file
 
 
@@ -82,11 +79,7 @@ class Result:
                 "a network of --method released cannot be exported: the shifts of its dropped channels take part in "
                 "its results, so that no channel can leave it; train with --method vrpge for a small network"
             )
-        config = replace(
-            stored,
-            model=replace(stored.model, pretrained=None),  # the weights come from the checkpoint
-            train=replace(stored.train, precision="fp32"),
-        )
+        config = replace(stored, train=replace(stored.train, precision="fp32"))
         network = make_network(config, _shapes(state["images"]), CPU, state)
         restore_model(network, state)
         subnet = Subnet.from_state_dict(state["subnet"], CPU)

@@ -121,6 +121,14 @@ def checkpoint_of(folder: str | Path, name: str) -> str:
     return str(Path(folder) / "checkpoints" / name)
 
 
+def no_result_yet(folder: str | Path) -> str:
+    """Why a run folder with a last.pt has no best.pt, and what to do."""
+    return (
+        f"the run in {folder} has no checkpoints/{BEST} yet: it is written once a subnet has been chosen; finish the "
+        f"run with `python main.py --resume {checkpoint_of(folder, LAST)}`"
+    )
+
+
 def _newest_run(path: Path) -> Path:
     """The newest run in a folder, which is announced if there are others; the folder itself if there is none."""
     numbers = [number for number in _repeats(path) if (path / str(number) / "checkpoints").is_dir()]
