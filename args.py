@@ -45,6 +45,8 @@ from utils.options import (
 FROM_FILES = {"set": ("ImageFolder", "ImageNet")}
 NOT_BUNDLED = {"set": tuple(name for name in SETS if name != "FashionMNIST-mini")}
 CUBIC = {"budget_schedule": ("cubic",)}
+DECIDED = {"search_until": ("decided",)}
+AFTERWARDS = {"finetune": (True,), "search_until": ("epochs",)}  # a phase of its own after the search
 KAIMING = ("kaiming_normal", "kaiming_uniform")
 INITS = (*KAIMING, "xavier_normal", "xavier_uniform", "orthogonal")
 NOT_A_PERCENTAGE = "it is a fraction, not a percentage"
@@ -241,7 +243,7 @@ class SparsityConfig:
         "start value of every score; with a budget of params or flops the default is the value that meets it",
         within="(0, 1]",
         hint=NOT_A_PERCENTAGE,
-        default_text="keep_ratio; 1 with budget_schedule cubic",
+        default_text="keep_ratio; budget_top with budget_schedule cubic",
         read_by=SCORED,
     )
     K: int = option(2, "masks drawn in a step; estimator taylor draws 1", within="[1, 64]", read_by=DRAWN)
@@ -294,6 +296,14 @@ class SparsityConfig:
         choices=("constant", "cubic"),
         read_by=SCORED,
     )
+    budget_top: float = option(
+        1.0,
+        "where a falling budget starts, as a fraction of what keep_ratio counts",
+        within="(0, 1]",
+        hint=NOT_A_PERCENTAGE,
+        read_by=SCORED,
+        needs=CUBIC,
+    )
     budget_start: float = option(
         0.0,
         "start of the fall of the budget, as a fraction of the search",
@@ -309,6 +319,12 @@ class SparsityConfig:
         hint=NOT_A_PERCENTAGE,
         read_by=SCORED,
         needs=CUBIC,
+    )
+    spend_budget: bool = option(
+        False,
+        "scores and subnets spend the whole budget, so that as much is kept as keep_ratio says; otherwise it is a "
+        "bound, as in the paper, and a search may end below it",
+        read_by=tuple(name for name in SCORED if name != "released"),
     )
     slimming_penalty: float = option(
         1e-4, "weight of the sum of batch-norm scales in the loss", within="[0, inf)", read_by=("slimming",)
@@ -348,6 +364,10 @@ class SparsityConfig:
             "{budget_start} must be below {budget_end}: the budget falls between them",
         ),
         Rule(
+            lambda s: s.budget_schedule == "cubic" and s.budget_top < s.keep_ratio,
+            "{budget_top} is below {keep_ratio}: the budget falls from the first to the second",
+        ),
+        Rule(
             lambda s: s.constrain_by_layer and s.budget != "channels",
             "{constrain_by_layer} needs budget channels, got {budget}: what a layer costs depends on its neighbours; "
             "leave one of them out",
@@ -364,7 +384,7 @@ class SparsityConfig:
         """The start value of every score, with the default filled in; for params and flops the network has its own."""
         if self.score_init_constant is not None:
             return self.score_init_constant
-        return 1.0 if self.budget_schedule == "cubic" else self.keep_ratio
+        return self.budget_top if self.budget_schedule == "cubic" else self.keep_ratio
 
 
 @dataclass(frozen=True)
@@ -373,10 +393,26 @@ class TrainConfig:
 
     epochs: int | Literal["auto"] = option(
         300,
-        "epochs of the search; auto: by the number of training images",
+        "epochs of the search, or of the whole training with search_until decided; auto: by the number of training "
+        "images",
         within="[1, inf)",
         common=True,
         resumed="may grow",
+    )
+    search_until: str = option(
+        "epochs",
+        "epochs: the search lasts for all epochs, and finetune_epochs come after it; decided: it ends as soon as the "
+        "scores are decided, or at the end of search_epochs, and the chosen subnet is trained for the rest of the "
+        "epochs on the same learning rate curve",
+        choices=("epochs", "decided"),
+        common=True,
+    )
+    search_epochs: int | Literal["auto"] = option(
+        AUTO,
+        "epochs that the search lasts at most, over which its budget and score_lr fall; auto: by the number of steps",
+        within="[1, inf)",
+        read_by=TWO_PHASE,
+        needs=DECIDED,
     )
     batch_size: int | Literal["auto"] = option(
         256,
@@ -424,6 +460,10 @@ class TrainConfig:
             lambda t: t.epochs != AUTO and t.warmup_length >= t.epochs,
             "{warmup_length} must be below {epochs}: both count epochs",
         ),
+        Rule(
+            lambda t: AUTO not in (t.epochs, t.search_epochs) and t.search_epochs >= t.epochs,
+            "{search_epochs} must be below {epochs}: the rest of the epochs trains the chosen subnet",
+        ),
         Rule(lambda t: t.nesterov and t.momentum == 0, "{nesterov} needs a momentum above 0, got {momentum}"),
     )
 
@@ -442,6 +482,7 @@ class FinetuneConfig:
         "epochs of fine-tuning; methods without a search add them to epochs; auto: half as many as the search",
         within="[1, inf)",
         read_by=(),
+        needs=AFTERWARDS,
         common=True,
         resumed="may grow",
     )
@@ -449,12 +490,13 @@ class FinetuneConfig:
         "constant",
         "constant: finetune_lr; continue: weight_lr by lr_policy, which then runs over search and fine-tuning as one",
         choices=("constant", "continue"),
+        needs=AFTERWARDS,
     )
     finetune_lr: float = option(
         1e-3, "learning rate of fine-tuning", within="(0, inf)", needs={"finetune_policy": ("constant",)}
     )
     finetune_batch_size: int | Literal["auto"] = option(
-        128, "images in a step of fine-tuning; auto: batch_size", within="[2, inf)"
+        128, "images in a step of fine-tuning; auto: batch_size", within="[2, inf)", needs=AFTERWARDS
     )
     num_subnets: int = option(
         10,
@@ -500,6 +542,11 @@ class Config:
             "{ema} averages weights while a fixed network is trained, and with {finetune} {method} never does "
             "that; pass --ema 0, or leave finetune on",
         ),
+        Rule(
+            lambda c: c.train.search_until == "decided" and c.method in TWO_PHASE and not c.finetune.finetune,
+            "with {search_until} the chosen subnet is trained for the rest of the epochs, so {finetune} cannot be off; "
+            "leave one of them out",
+        ),
     )
 
     @property
@@ -523,9 +570,30 @@ class Config:
         return self.finetune.finetune and self.method in TWO_PHASE
 
     @property
+    def ends_when_decided(self) -> bool:
+        """Whether `epochs` counts the whole training, of which the search takes what it needs."""
+        return self.train.search_until == "decided"
+
+    @property
+    def one_curve(self) -> bool:
+        """Whether the learning rate of the weights follows one curve through all phases."""
+        return self.ends_when_decided or self.finetune.finetune_policy == "continue"
+
+    @property
+    def search_epochs(self) -> int:
+        """Epochs of the search, which may end earlier if it ends when it is decided."""
+        return self.train.search_epochs if self.ends_when_decided else self.train.epochs
+
+    @property
+    def finetune_batch_size(self) -> int:
+        """Images in a step after the search."""
+        return self.train.batch_size if self.ends_when_decided else self.finetune.finetune_batch_size
+
+    @property
     def total_epochs(self) -> int:
         """Epochs of all phases: methods without a search and fine-tuning train as long in one."""
-        return self.train.epochs + (self.finetune.finetune_epochs if self.finetune.finetune else 0)
+        added = self.finetune.finetune and not self.ends_when_decided
+        return self.train.epochs + (self.finetune.finetune_epochs if added else 0)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from utils.run.progress import announce
 SMALLEST_BATCH, LARGEST_BATCH = 16, 128
 SEARCH_STEPS = 1500
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 60
+SEARCH_SHARE, SHORT_TRAINING = 0.4, 10_000  # of the steps; steps
 SCORE_LR_FACTOR, LARGEST_SCORE_LR = 3.5, 0.5
 
 
@@ -42,6 +43,20 @@ def finetune_epochs_for(epochs: int) -> int:
     return math.ceil(epochs / 2)
 
 
+def search_epochs_for(epochs: int, steps_per_epoch: int) -> int:
+    """Epochs of a search that is a part of `epochs`: two fifths of a training of up to 10,000 steps, less of a longer.
+
+    Scores need steps, not a share of the training. Beyond 10,000 steps the search grows with their square root only: it
+    takes 13 % of a training of 100,000. The share is that of the table "long" (9,000 steps); the square root is a guess
+    that no run of ours has tested. Source: ours.
+
+    Returns: at least 1; below `epochs` unless that is 1.
+    """
+    steps = epochs * steps_per_epoch
+    share = SEARCH_SHARE * math.sqrt(min(1, SHORT_TRAINING / steps))
+    return max(1, min(round(share * epochs), epochs - 1))
+
+
 def score_lr_for(updates: int) -> float:
     """3.5 / sqrt(updates) to three digits, but at most 0.5; the formula is that of our recipes (docs/training.md).
 
@@ -59,7 +74,7 @@ def undecided(options: Mapping[str, Any]) -> list[str]:
 
 
 def values_by_rule(options: Mapping[str, Any], num_images: int, holdout: float) -> dict[str, Any]:
-    """A value for every option that is `auto`, by key. It follows from the other options as they are given.
+    """A value for every option that is `auto` and may be read, by key. It follows from the others as they are given.
 
     Args:
         options: the flat dictionary of a configuration.
@@ -77,10 +92,17 @@ def values_by_rule(options: Mapping[str, Any], num_images: int, holdout: float) 
     settle("batch_size", batch_size_for(num_images))
     settle("finetune_batch_size", values["batch_size"])
     steps_per_epoch = num_images // values["batch_size"]
-    settle("epochs", epochs_for(steps_per_epoch))
-    settle("finetune_epochs", finetune_epochs_for(values["epochs"]))
-    settle("score_lr", score_lr_for(math.ceil(values["epochs"] * steps_per_epoch / values["score_every"])))
-    return {key: values[key] for key in undecided(options)}
+    searched = epochs_for(steps_per_epoch)
+    if values["search_until"] == "decided":
+        settle("epochs", round(searched / SEARCH_SHARE))
+        settle("search_epochs", search_epochs_for(values["epochs"], steps_per_epoch))
+        searched = values["search_epochs"]
+    else:
+        settle("epochs", searched)
+        searched = values["epochs"]
+    settle("finetune_epochs", finetune_epochs_for(searched))
+    settle("score_lr", score_lr_for(math.ceil(searched * steps_per_epoch / values["score_every"])))
+    return {key: values[key] for key in undecided(options) if values[key] != AUTO}
 
 
 def settled(config: Config, data: DataSplits) -> Config:
@@ -89,7 +111,7 @@ def settled(config: Config, data: DataSplits) -> Config:
     Raises: UserError if a chosen value contradicts a given one.
     """
     options = config_to_dict(config)
-    if not undecided(options):
+    if not any(not why_unread(OPTIONS, options, key) for key in undecided(options)):
         return config
     chosen = values_by_rule(options, len(data.train), data.holdout_fraction)
     values = options | chosen

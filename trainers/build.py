@@ -163,7 +163,8 @@ def new_run(
     Raises: UserError for a network or a budget that does not suit the method.
     """
     network = make_network(config, data, device, stored)
-    budget = Budget(network, config.sparsity.budget, config.sparsity.constrain_by_layer)
+    spends = config.sparsity.spend_budget and config.method != "released"
+    budget = Budget(network, config.sparsity.budget, config.sparsity.constrain_by_layer, spends)
     method, start_share = make_method(config), 1.0
     if not network.stored_units.all():
         start_share = budget.stored_share()
@@ -220,17 +221,16 @@ def start_within_budget(network: SparseNetwork, budget: Budget, config: Config) 
     """
     sparsity = config.sparsity
     check_budget(budget, config)
-    largest = 1.0  # a falling budget starts with everything
-    if sparsity.budget_schedule != "cubic":
-        largest = budget.largest_score(sparsity.keep_ratio)
-        if sparsity.score_init_constant is None:
-            network.scores.data.fill_(largest)
+    first = sparsity.budget_top if sparsity.budget_schedule == "cubic" else sparsity.keep_ratio
+    largest = budget.largest_score(first)
+    if sparsity.score_init_constant is None:
+        network.scores.data.fill_(largest)
     network.scores.data[torch.from_numpy(~network.stored_units).to(network.device)] = 0
     if sparsity.score_init_constant is not None and sparsity.score_init_constant > largest:
         raise UserError(
-            f"score_init_constant {sparsity.score_init_constant:g} would overspend the budget, keep_ratio "
-            f"{sparsity.keep_ratio:g} of the {budget.unit}; pass --score-init-constant {0.999 * largest:.4g} or "
-            "less, leave it out, or pass --budget-schedule cubic"
+            f"score_init_constant {sparsity.score_init_constant:g} would overspend the first budget, {first:g} of the "
+            f"{budget.unit}; pass --score-init-constant {0.999 * largest:.4g} or less, leave it out, or raise the "
+            f"budget with {'--budget-top' if sparsity.budget_schedule == 'cubic' else '--budget-schedule cubic'}"
         )
 
 
@@ -275,8 +275,10 @@ def restore_run(run: RunState, state: Mapping[str, Any], config: Config) -> None
     run.sums.load_state_dict(state["sums"], device)
     run.epoch_cost = CostLedger(**state["epoch_cost"])
     run.ledger = CostLedger(**state["ledger"])
-    run.epoch_seconds, run.train_seconds, run.seconds, *data_seconds = state["clocks"]
-    run.data_seconds = sum(data_seconds)  # an older checkpoint has none
+    run.epoch_seconds, run.train_seconds, run.seconds, *later = state["clocks"]
+    run.data_seconds, run.cpu_seconds, *_ = *later, 0.0, 0.0  # an older checkpoint has none
+    run.decided = state.get("decided", False)
+    run.top_U = None if state.get("top_units") is None else state["top_units"].numpy()
     run.choice, run.history = state["choice"], state["history"]
     if state.get("average") is not None:
         run.average = {name: value.to(device) for name, value in state["average"].items()}

@@ -35,6 +35,8 @@ TAGS = {  # column of results.csv -> curve with a point at the end of every epoc
     "score_entropy": "scores/entropy_bits",
     "share_zero": "scores/share_exactly_0",
     "share_one": "scores/share_exactly_1",
+    "entropy_left": "scores/entropy_left",
+    "top_agreement": "scores/top_agreement",
     "loss_difference": "vrpge/loss_difference",
     "forward_flops_ratio": "flops/forward_ratio",
     "forward_flops_ratio_mean": "flops/forward_ratio_running_mean",
@@ -68,7 +70,9 @@ PAGES = {
         ],
         "kept share of each layer": ["layers/"],
         "FLOPs, of dense": ["flops/forward_ratio", "flops/forward_ratio_running_mean", "flops/subnet_ratio"],
-        "decided scores": ["scores/share_exactly_0", "scores/share_exactly_1", "scores/entropy_bits"],
+        "decided scores": [
+            *("scores/share_exactly_0", "scores/share_exactly_1", "scores/entropy_left", "scores/top_agreement"),
+        ],
     },
     "Speed": {
         "images/s": ["perf/images_per_second"],
@@ -81,7 +85,7 @@ PAGES = {
 # Columns of the HParams tab. TensorBoard takes the columns of one run for all of them, so they are always the same.
 COLUMNS = (
     *("method", "arch", "width_mult", "set", "keep_ratio", "budget", "estimator", "budget_schedule", "score_lr"),
-    *("weight_lr", "epochs", "finetune_epochs", "batch_size", "seed"),
+    *("weight_lr", "epochs", "search_until", "finetune_epochs", "batch_size", "seed"),
 )
 WHERE_FROM = ("data", "workers")  # like the group of the run: they decide no result
 FIRST_COLUMNS = ("method", "arch", "keep_ratio", "epochs", "seed")

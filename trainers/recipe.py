@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from trainers.methods import make_method
 from trainers.methods.base import Method
 from trainers.report import Reporter
 from trainers.state import Best, RunState
+from utils.algorithm.decision import decision
 from utils.algorithm.schedules import falling_keep_ratio, learning_rate_factor
 from utils.channels.subnet import Subnet, estimate_statistics, installed
 from utils.ranks.exchange import agreed_signal, check_equal, num_ranks
@@ -78,6 +79,7 @@ class Recipe:
                     self.finish_epoch()
                 elif self.run.phase == "search":
                     self.choose_subnet()
+                    progress.plan(self.stages())  # the search may have ended before its time
                 else:
                     self.run.phase = "done"
                     self.save()
@@ -89,10 +91,10 @@ class Recipe:
         config, first = self.config, self.method.first_phase
         parts = [(first, config.total_epochs, config.train.batch_size)]
         if config.finetunes:
-            searched = config.train.epochs
-            if self.run.phase == "finetune":  # a finished run that became longer did not search for longer
+            searched = config.search_epochs
+            if self.run.phase == "finetune":  # it may have ended early, or the run became longer after its search
                 searched = sum(row["phase"] == first for row in self.run.history)
-            tuned = ("finetune", config.total_epochs - searched, config.finetune.finetune_batch_size)
+            tuned = ("finetune", config.total_epochs - searched, config.finetune_batch_size)
             parts = [(first, searched, config.train.batch_size), tuned]
         return [Stage(name, epochs, self.data.train.num_train_batches(size), size) for name, epochs, size in parts]
 
@@ -103,18 +105,19 @@ class Recipe:
     def settings(self, step: int, steps_per_epoch: int) -> StepSettings:
         """Learning rates and budget of a step of the epoch under way (counted from 0)."""
         config, sparsity, train = self.config, self.config.sparsity, self.config.train
-        now, total = self.run.epoch * steps_per_epoch + step, self.run.num_epochs(config) * steps_per_epoch
+        epochs = config.search_epochs if self.run.phase == "search" else config.total_epochs
+        now, total = self.run.epoch * steps_per_epoch + step, epochs * steps_per_epoch
         warmup = train.warmup_length * steps_per_epoch
-        one_curve = config.finetune.finetune_policy == "continue"
-        span = config.total_epochs * steps_per_epoch if one_curve else total
+        span = config.total_epochs * steps_per_epoch if config.one_curve else total
         weight_lr = train.weight_lr * learning_rate_factor(train.lr_policy, now, span, warmup)
         if self.run.phase == "finetune":
-            return StepSettings(weight_lr if one_curve else config.finetune.finetune_lr)
+            return StepSettings(weight_lr if config.one_curve else config.finetune.finetune_lr)
         falling = self.method.has_scores and sparsity.budget_schedule == "cubic"
         fall = (sparsity.budget_start, sparsity.budget_end)
         keep_ratio = sparsity.keep_ratio
         if falling:
-            keep_ratio = falling_keep_ratio(now / total, keep_ratio, *fall, highest=self.run.start_share)
+            top = min(sparsity.budget_top, self.run.start_share)
+            keep_ratio = falling_keep_ratio(now / total, keep_ratio, *fall, highest=top)
         return StepSettings(
             weight_lr=weight_lr,
             score_lr=train.score_lr * learning_rate_factor(train.lr_policy, now, total, warmup),
@@ -129,7 +132,7 @@ class Recipe:
         steps = self.data.train.num_train_batches(self.batch_size)
         batches = self.data.train.train_batches(self.batch_size, config.run.seed, run.epoch, start=run.step)
         progress.begin_epoch(run.epoch, run.step)
-        with self.timed("epoch_seconds"):
+        with self.timed("epoch_seconds"), self.timed("cpu_seconds", time.process_time):
             for images, labels in self.awaited(batches):
                 settings = self.settings(run.step, steps)
                 run.sums.add(self.step(images, labels, settings), self.batch_size)
@@ -184,6 +187,7 @@ class Recipe:
         with self.timed("seconds"):
             if run.phase == "search":
                 self.method.end_of_epoch(run)
+                self.judge_search(settings)
             subnet = self.current_subnet(settings.keep_ratio)
             heldout = self.evaluate_heldout(subnet)
             # while the budget falls, a state that still exceeds the final one is no candidate
@@ -207,6 +211,22 @@ class Recipe:
             run.sums, run.epoch_cost, run.at_last_point = MetricSums(), CostLedger(), {}
             run.epoch_seconds = run.data_seconds = 0.0
         self.save(best=is_best, epoch_end=True)
+
+    def judge_search(self, settings: StepSettings) -> None:
+        """Asks whether the scores are decided, and ends the search if that is what it waits for."""
+        run, sparsity = self.run, self.config.sparsity
+        if not self.method.has_scores:
+            return
+        top_U = self.method.mask(run, sparsity.keep_ratio)
+        run.decision = decision(
+            run.network.scores.detach().cpu().numpy(),
+            run.budget.indifferent_score(sparsity.keep_ratio),
+            settings.keep_ratio / sparsity.keep_ratio,
+            top_U,
+            run.top_U,
+        )
+        run.top_U = top_U
+        run.decided = self.config.ends_when_decided and run.decision.made
 
     def current_subnet(self, keep_ratio: float) -> Subnet:
         """What would be shipped now: in a search the subnet that it would keep, else the network as it is."""
@@ -320,12 +340,13 @@ class Recipe:
         return float(mask_U.mean()) if len(mask_U) else 1.0
 
     @contextmanager
-    def timed(self, clock: str) -> Iterator[None]:
-        """Adds the time spent inside to one of the run's clocks."""
-        start = time.perf_counter()
+    def timed(self, clock: str, now: Callable[[], float] | None = None) -> Iterator[None]:
+        """Adds the time spent inside to one of the run's clocks: that on the wall, or as `now` tells it."""
+        now = now or time.perf_counter
+        start = now()
         try:
             yield
         finally:
             if self.run.network.device.type == "cuda":
                 torch.cuda.synchronize(self.run.network.device)
-            setattr(self.run, clock, getattr(self.run, clock) + time.perf_counter() - start)
+            setattr(self.run, clock, getattr(self.run, clock) + now() - start)

@@ -16,6 +16,7 @@ from trainers.default import StepSettings
 from trainers.devices import device_name
 from trainers.result import summarise
 from trainers.state import RunState
+from utils.algorithm.decision import AGREEMENT, ENTROPY_LEFT
 from utils.channels.subnet import Subnet
 from utils.ranks.exchange import num_ranks
 from utils.run import checkpoint
@@ -99,6 +100,8 @@ class Reporter:
         if run.search is not None:
             values |= curves.score_facts(network.scores)
             values |= {
+                "entropy_left": run.decision.entropy_ratio,
+                "top_agreement": run.decision.agreement,
                 "budget": settings.keep_ratio,
                 "score_lr": settings.score_lr,
                 **{name: means[name] for name in ("v", "loss_difference") if name in means},
@@ -157,10 +160,12 @@ class Reporter:
         which = "a drawn one" if run.choice.get("chosen_candidate") else "the top-scored one"
         judged = "training" if self.config.finetune.sample_from_training_set else "held-out"
         how = f"chose {which} of {num_candidates} subnets by {judged} images" if run.choice else "pruned"
+        if self.config.ends_when_decided and run.decision is not None:
+            announce(end_of_search(run, self.config))
         announce(f"{how}: {kept} of {run.network.num_units} units, test {run.best.test['top1']:.2f} %")
         with unless_refused("the picture of the chosen subnet"):
             self._write_subnet(run, run.best.subnet)
-            fixed = " From here on the chosen subnet is fine-tuned." if self.config.finetune.finetune else ""
+            fixed = " From here on the chosen subnet is trained alone." if self.config.finetunes else ""
             self.board.text(
                 "phase", f"The search ended at step {run.steps}, after {run.epoch} epochs.{fixed}", run.steps
             )
@@ -235,6 +240,19 @@ def unless_refused(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         announce(f"warning: {what} could not be written ({error}); training goes on")
+
+
+def end_of_search(run: RunState, config: Config) -> str:
+    """Why a search ended that waits for its scores to be decided."""
+    decision, longest = run.decision, config.search_epochs
+    state = (
+        f"the entropy of the scores is {100 * decision.entropy_ratio:.1f} % of that of scores that know nothing, and "
+        f"{100 * decision.agreement:.1f} % of the top-scored units are those of the epoch before"
+    )
+    if run.decided:
+        return f"the scores are decided after {run.epoch} of at most {longest} epochs of search: {state}"
+    wanted = f"at most {100 * ENTROPY_LEFT:g} % and at least {100 * AGREEMENT:g} %"
+    return f"the search ends after its {longest} epochs, before its scores are decided ({wanted}): {state}"
 
 
 # ---- the first lines of a run ----

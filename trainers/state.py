@@ -17,6 +17,7 @@ from torch import Tensor
 from args import Config, config_to_dict
 from data import DataSplits
 from utils.algorithm.average import lent, move_average
+from utils.algorithm.decision import Decision
 from utils.algorithm.estimators.base import Estimator
 from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
@@ -127,6 +128,10 @@ class RunState:
         data_seconds: the part of `epoch_seconds` in which the loop waited for its next batch.
         train_seconds: time of the training steps of all finished epochs.
         seconds: time of everything else in the recipe (evaluating, choosing, reporting, saving).
+        cpu_seconds: processor time of the training steps, of all threads of this process.
+        top_U: (U,) bool, the units that the search would have kept at the end of the last epoch; None before.
+        decision: how far the search was from its end when the last epoch ended.
+        decided: whether the search has ended because its scores are decided (`--search-until decided`).
         choice: how the candidates did when the subnet was chosen.
         history: one row for every finished epoch, the content of results.csv.
         average: with `--ema` the moving averages of weights and batch-norm statistics, by name, from the first step of
@@ -154,6 +159,10 @@ class RunState:
     data_seconds: float = 0.0
     train_seconds: float = 0.0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    top_U: np.ndarray | None = None
+    decision: Decision | None = None
+    decided: bool = False
     choice: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     average: dict[str, Tensor] | None = None
@@ -164,11 +173,13 @@ class RunState:
 
     def batch_size(self, config: Config) -> int:
         """Images of a step of the current phase."""
-        return config.finetune.finetune_batch_size if self.phase == "finetune" else config.train.batch_size
+        return config.finetune_batch_size if self.phase == "finetune" else config.train.batch_size
 
     def num_epochs(self, config: Config) -> int:
         """Finished epochs at the end of the current phase."""
-        return config.train.epochs if self.phase == "search" else config.total_epochs
+        if self.phase != "search":
+            return config.total_epochs
+        return self.epoch if self.decided else config.search_epochs
 
     def move_average(self, decay: float) -> None:
         """Follows a step of the weights."""
@@ -263,7 +274,9 @@ class RunState:
             "sums": self.sums.state_dict(),
             "epoch_cost": self.epoch_cost.state_dict(),
             "ledger": self.ledger.state_dict(),
-            "clocks": [self.epoch_seconds, self.train_seconds, self.seconds, self.data_seconds],
+            "clocks": [self.epoch_seconds, self.train_seconds, self.seconds, self.data_seconds, self.cpu_seconds],
+            "top_units": None if self.top_U is None else torch.from_numpy(self.top_U),
+            "decided": self.decided,
             "choice": self.choice,
             "history": self.history,
             "average": self.average,

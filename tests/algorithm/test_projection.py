@@ -220,7 +220,7 @@ def test_weights(problem, data):
     scores_U, budget = problem
     weight = st.one_of(st.sampled_from([0.0, 1.0, 2.0]), st.floats(0.01, 10.0))
     w = np.array(data.draw(st.lists(weight, min_size=len(scores_U), max_size=len(scores_U))))
-    budget *= w.sum() / len(w)
+    budget = min(budget * w.sum() / len(w), float(torch.from_numpy(w).sum()))  # sums that differ in their rounding
     projected, v = project_onto_budget(scores_U, budget, torch.from_numpy(w))
     np.testing.assert_allclose(projected.numpy(), bisected_with_weights(scores_U.numpy(), w, budget), atol=1e-9)
     assert w @ projected.numpy() <= budget * (1 + 1e-6) + ROUNDING * max(1.0, w.max())
@@ -235,6 +235,56 @@ def test_equal_weights_are_no_weights(problem):
     weighted, v_weighted = project_onto_budget(scores_U, 4 * budget, torch.full_like(scores_U, 4.0))
     torch.testing.assert_close(weighted, plain, rtol=0, atol=1e-12)
     assert 4 * v_weighted == pytest.approx(float(v), abs=1e-12)
+
+
+# --- the whole budget ------------------------------------------------------------------------------------------------
+
+
+def spent_by_bisection(z: np.ndarray, w: np.ndarray, budget: float) -> np.ndarray:
+    """Slow reference: bisection for v of either sign over the scores above 0."""
+    alive = z > 0
+    low, high = -1e4, 1e4
+    for _ in range(200):
+        middle = (low + high) / 2
+        if w @ np.where(alive, (z - middle * w).clip(0, 1), 0) > budget:
+            low = middle
+        else:
+            high = middle
+    return np.where(alive, (z - high * w).clip(0, 1), 0)
+
+
+@settings(REPEATABLE, max_examples=150)
+@given(problems(), st.data())
+@example((torch.tensor([0.5, 0.2, -0.1, 0.0], dtype=torch.float64), 1.5), None)
+def test_a_budget_that_is_spent(problem, data):
+    scores_U, budget = problem
+    weights = [1.0] * len(scores_U)
+    if data is not None:
+        weights = data.draw(st.lists(st.floats(0.1, 10.0), min_size=len(scores_U), max_size=len(scores_U)))
+    w, z = np.array(weights), scores_U.numpy()
+    budget = min(budget * w.sum() / len(w), float(torch.from_numpy(w).sum()))
+    given_weights = None if data is None else torch.from_numpy(w)
+    projected, v = project_onto_budget(scores_U, budget, given_weights, spend=True)
+    reachable = min(budget, w[z > 0].sum())
+    assert w @ projected.numpy() == pytest.approx(reachable, rel=1e-9, abs=1e-12)
+    assert (projected[scores_U <= 0] == 0).all()  # what has left never comes back
+    np.testing.assert_allclose(projected.numpy(), spent_by_bisection(z, w, reachable), rtol=0, atol=1e-6)
+    if z.clip(0, 1) @ w > budget:  # then it is the bound that binds, and nothing differs
+        bound, v_bound = project_onto_budget(scores_U, budget, given_weights)
+        torch.testing.assert_close(projected, bound, rtol=0, atol=1e-9)
+        assert v == pytest.approx(float(v_bound), abs=1e-9)
+
+
+@settings(REPEATABLE, max_examples=100)
+@given(st.data())
+def test_a_cost_that_is_spent(data):
+    scores_U, cost, budget = data.draw(cost_problems(spread=data.draw(st.sampled_from([0.0, 2.0]))))
+    projected, _ = project_onto_cost(scores_U, cost, budget, spend=True)
+    most = cost((scores_U > 0).double().numpy())
+    assert cost(projected.numpy()) == pytest.approx(min(budget, most), rel=2e-6)
+    assert (projected[scores_U <= 0] == 0).all()
+    assert projected.min() >= 0
+    assert projected.max() <= 1
 
 
 # --- what a network costs -------------------------------------------------------------------------------------------

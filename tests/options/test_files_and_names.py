@@ -95,12 +95,15 @@ def test_aliases_are_accepted_in_all_places(tmp_path, alias, key, text, value):
     assert config_to_dict(arguments.config)[key] == value
 
 
-AUTOMATIC = {"batch_size", "epochs", "finetune_batch_size", "finetune_epochs", "holdout", "score_lr"}
+AUTOMATIC = {
+    *("batch_size", "epochs", "finetune_batch_size", "finetune_epochs", "holdout", "score_lr", "search_epochs"),
+}
 
 
 def test_auto_is_accepted_where_a_rule_exists_and_written_back(tmp_path):
     for key in AUTOMATIC | {"sample_from_training_set"}:
-        assert values(f"--{key.replace('_', '-')} auto")[key] == "auto"
+        mode = "decided" if key == "search_epochs" else "epochs"  # where it is read
+        assert values(f"--search-until {mode} --{key.replace('_', '-')} auto")[key] == "auto"
         config = parse_yaml(tmp_path, f"{key}: auto").config
         assert parse_yaml(tmp_path, config_to_yaml(config)).config == config
         assert config_from_dict(config_to_dict(config), "stored") == config

@@ -131,6 +131,7 @@ NEEDED_FIRST = (
         "doctor",
         "list",
         "help",
+        "search-until",
         "set",
         "data",
     ),
@@ -159,7 +160,7 @@ def test_help_shows_what_is_needed_first(capsys, monkeypatch):
 def test_help_all_shows_every_option_with_its_default(capsys, monkeypatch):
     sections = help_sections(capsys, monkeypatch, "--help all")
     assert set(sections) == {key.replace("_", "-") for key in OPTIONS} | {"help", "list"}
-    decided_later = {"name": "the arch", "score_init_constant": "keep_ratio; 1 with budget_schedule cubic"}
+    decided_later = {"name": "the arch", "score_init_constant": "keep_ratio; budget_top with budget_schedule cubic"}
     for key, value in DEFAULTS.items():
         words = {None: decided_later.get(key, "none")} | {"True": "on", "False": "off"}
         shown = f"{value:g}" if isinstance(value, float) else words.get(value, words.get(str(value), value))

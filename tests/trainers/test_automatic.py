@@ -15,6 +15,7 @@ from trainers.automatic import (
     epochs_for,
     finetune_epochs_for,
     score_lr_for,
+    search_epochs_for,
     settled,
     undecided,
     values_by_rule,
@@ -85,6 +86,37 @@ def test_values_follow_from_the_images_and_from_what_is_given(words, num_images,
     found = values_by_rule(options_of_config(*words.split()), num_images, holdout)
     assert " ".join(str(found.get(key, "-")) for key in keys) == expected
     assert set(found) <= set(keys)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps_per_epoch", "search_epochs"),
+    [
+        (60, 156, 24),  # 9,360 steps: two fifths
+        (100, 100, 40),  # 10,000
+        (160, 100, 51),  # 16,000: 0.4 x sqrt(10,000 x 16,000) = 5,060 steps
+        (300, 352, 37),  # 105,600: 12,999
+        (100, 5004, 6),  # 500,400: 28,296
+        (2, 10, 1),
+        (1, 10, 1),  # is refused afterwards, since nothing is left for the subnet
+    ],
+)
+def test_the_search_of_a_longer_training_takes_a_smaller_share(epochs, steps_per_epoch, search_epochs):
+    assert search_epochs_for(epochs, steps_per_epoch) == search_epochs
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--epochs 60", "24 - 0.0572"),  # 24 x 156 steps
+        ("--epochs 60 --score-every 4", "24 - 0.114"),  # 936 updates
+        ("--epochs 60 --search-epochs 8", "- - 0.0991"),
+        ("", "10 25 0.0886"),  # a search of 10 epochs, 1,560 steps, is two fifths of 25
+    ],
+)
+def test_with_search_until_decided_the_search_is_a_part_of_all_epochs(words, expected):
+    options = options_of_config("--search-until", "decided", "--batch-size", "128", *words.split())
+    found = values_by_rule(options, 20_000, 0.1)
+    assert " ".join(str(found.get(key, "-")) for key in ("search_epochs", "epochs", "score_lr")) == expected
 
 
 def test_device_auto_is_another_matter():

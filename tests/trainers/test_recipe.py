@@ -332,6 +332,11 @@ def test_a_thin_network_has_no_room_for_one_more_channel_where_it_was_rounded_do
         ({"method": "dense"}, [Stage("dense", 5, 10, 100)]),
         ({"method": "thin"}, [Stage("train", 5, 10, 100)]),
         ({"finetune": False}, [Stage("search", 3, 10, 100)]),
+        (
+            {"search_until": "decided", "epochs": 9, "search_epochs": 4},
+            [Stage("search", 4, 10, 100), Stage("finetune", 5, 10, 100)],
+        ),
+        ({"search_until": "decided", "epochs": 9, "search_epochs": 4, "method": "thin"}, [Stage("train", 9, 10, 100)]),
     ],
 )
 def test_the_stages_of_a_run_are_all_of_its_steps(options, stages):

@@ -36,7 +36,8 @@ class ScoreMethod(Method):
         """
         keep_ratio = self.config.sparsity.keep_ratio
         random = np.random.default_rng(stream_seed(self.config.run.seed, CANDIDATE_STREAM))
-        drawn = [drawn_mask(run, keep_ratio, random) for _ in range(self.config.finetune.num_subnets)]
+        fill = run.budget.spend
+        drawn = [drawn_mask(run, keep_ratio, random, fill) for _ in range(self.config.finetune.num_subnets)]
         return [self.mask(run, keep_ratio), *drawn]
 
 
@@ -44,10 +45,15 @@ def scores_of(run: RunState) -> np.ndarray:
     return run.network.scores.detach().cpu().numpy()
 
 
-def drawn_mask(run: RunState, keep_ratio: float, random: np.random.Generator) -> np.ndarray:
-    """A mask (U,) drawn from the scores. Where it exceeds the budget, its least likely units are left out."""
+def drawn_mask(run: RunState, keep_ratio: float, random: np.random.Generator, fill: bool = False) -> np.ndarray:
+    """A mask (U,) drawn from the scores. Where it exceeds the budget, its least likely units are left out.
+
+    Args:
+        fill: where it falls short of the budget, the likeliest of the other units are added.
+    """
     scores_U = scores_of(run)
-    values_U = np.where(random.random(len(scores_U)) < scores_U, scores_U, 0)
+    others_U = scores_U / 2 if fill else np.zeros_like(scores_U)  # come after all that were drawn
+    values_U = np.where(random.random(len(scores_U)) < scores_U, (1 + scores_U) / 2, others_U)
     return run.budget.best_units(values_U, scores_U, keep_ratio)
 
 

@@ -27,11 +27,17 @@ class Cost(Protocol):
     def with_gradient(self, scores_U: np.ndarray) -> tuple[float, np.ndarray]: ...
 
 
-def project_onto_budget(scores_U: Tensor, budget: float, weights_U: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def project_onto_budget(
+    scores_U: Tensor, budget: float, weights_U: Tensor | None = None, spend: bool = False
+) -> tuple[Tensor, Tensor]:
     """The nearest feasible scores.
 
         argmin_p ||p - z||^2  subject to  0 <= p <= 1, sum(w p) <= budget
         p = clip(z - v w, 0, 1) with the smallest feasible v >= 0
+
+    With `spend` the sum is the budget, so v may be negative and then raises scores. A score that is not above 0 has no
+    part in this and becomes 0: what has left the network never comes back. If all others at 1 do not reach the budget,
+    they are 1.
 
     Exact: the sum of w clip(z - v w, 0, 1) is piecewise linear in v with breaks at (z - 1) / w and z / w, so v is read
     off the sorted breaks. Runs on the device of the scores and, without weights, asks the host nothing.
@@ -40,6 +46,7 @@ def project_onto_budget(scores_U: Tensor, budget: float, weights_U: Tensor | Non
         scores_U: (U,) float, finite.
         budget: greatest sum of the scores, 0 <= budget <= U; with weights of w p, up to sum(w).
         weights_U: (U,) float, w >= 0; None: all 1.
+        spend: see above; ours.
     Returns: the projected scores (same dtype and device), and v (0-d).
     Raises: ValueError if the budget is out of range.
     Source: KKT conditions; the released code bisects for the same v to a tolerance of 1e-3 on the sum.
@@ -49,6 +56,10 @@ def project_onto_budget(scores_U: Tensor, budget: float, weights_U: Tensor | Non
     largest = scores_U.numel() if weights_U is None else float(w_U.sum())
     if not 0 <= budget <= largest:
         raise ValueError(f"budget must lie in [0, {largest}] (the number of scores), got {budget}")
+    if spend:
+        w_U = torch.where(z_U > 0, w_U, 0.0)
+        largest = w_U.sum()
+        budget = largest.clamp(max=budget)
     # Walking v upwards, unit i starts to shrink at v = (z_i - 1) / w_i (slope -w_i^2) and is gone at z_i / w_i.
     divisor_U = torch.where(w_U > 0, w_U, 1.0)  # a unit of weight 0 has no say, wherever its breaks are
     breaks, order = torch.cat([(z_U - 1) / divisor_U, z_U / divisor_U]).sort()
@@ -58,15 +69,19 @@ def project_onto_budget(scores_U: Tensor, budget: float, weights_U: Tensor | Non
     segment = (sums > budget).sum().clamp(min=1) - 1
     slope = slopes.index_select(0, segment.view(1)).minimum(-divisor_U.square().min())
     v = breaks.index_select(0, segment.view(1)) + (budget - sums.index_select(0, segment.view(1))) / slope
-    v = torch.where((w_U * z_U.clamp(0, 1)).sum() <= budget, 0.0, v.squeeze(0)).clamp(min=0)
+    v = v.squeeze(0)
+    if not spend:
+        v = torch.where((w_U * z_U.clamp(0, 1)).sum() <= budget, 0.0, v).clamp(min=0)
     return (z_U - v * w_U).clamp(0, 1).to(scores_U.dtype), v.to(scores_U.dtype)
 
 
-def project_onto_cost(scores_U: Tensor, cost: Cost, budget: float) -> tuple[Tensor, Tensor]:
+def project_onto_cost(scores_U: Tensor, cost: Cost, budget: float, spend: bool = False) -> tuple[Tensor, Tensor]:
     """Feasible scores near the given ones: a stationary point of their distance.
 
         argmin_p ||p - z||^2  subject to  0 <= p <= 1, cost(p) <= budget
         p = clip(z - v g, 0, 1) with the slopes g of the cost at p and v >= 0
+
+    With `spend` the cost is the budget and v may be negative, as in `project_onto_budget`.
 
     The cost is replaced by its tangent at a point and z projected onto that budget, exactly; the result is the next
     point, until its cost meets the budget. In training, where z is one optimizer step away, this takes two rounds. The
@@ -77,8 +92,10 @@ def project_onto_cost(scores_U: Tensor, cost: Cost, budget: float) -> tuple[Tens
         scores_U: (U,) float, finite.
         cost: of the network.
         budget: in the unit of the cost, at least `cost.fixed`.
-    Returns: the projected scores (same dtype and device; never above the given ones), the cost of which is the budget
-        to 1e-6 of it unless it is below without any projection; and v for a unit of mean slope (0-d).
+        spend: see above; ours.
+    Returns: the projected scores (same dtype and device; without `spend` never above the given ones), the cost of which
+        is the budget to 1e-6 of it unless it is below without any projection, or, with `spend`, with all scores at 1
+        that are not 0; and v for a unit of mean slope (0-d).
     Raises: ValueError if no scores meet the budget.
     Source: sequential linearisation; ours.
     """
@@ -87,13 +104,18 @@ def project_onto_cost(scores_U: Tensor, cost: Cost, budget: float) -> tuple[Tens
     z_U = scores_U.detach().double().cpu()  # a few thousand numbers and a decision every round: no work for a GPU
     boxed_U = point_U = z_U.clamp(0, 1)
     spent, slope_U = _tangent(cost, point_U)
-    if not spent > budget:  # nor with scores of a run that has diverged, which ends by its loss
+    most_U = boxed_U
+    if spent < budget and spend:
+        most_U = (z_U > 0).double()
+        if not cost(most_U.numpy()) > budget:
+            return most_U.to(scores_U), scores_U.new_zeros(())
+    elif not spent > budget:  # nor with scores of a run that has diverged, which ends by its loss
         return boxed_U.to(scores_U), scores_U.new_zeros(())
     for number in range(MAX_ROUNDS):
         unit = float(slope_U.mean()) or 1.0
         weights_U = slope_U / unit
         room = (budget - spent) / unit + float(weights_U @ point_U)
-        result_U, v = project_onto_budget(z_U, min(max(room, 0.0), float(weights_U.sum())), weights_U)
+        result_U, v = project_onto_budget(z_U, min(max(room, 0.0), float(weights_U.sum())), weights_U, spend)
         reached, _ = result = _tangent(cost, result_U)
         moved = float((result_U - point_U).abs().max())
         if abs(reached - budget) <= TOLERANCE * budget and moved <= SETTLED:
@@ -104,7 +126,7 @@ def project_onto_cost(scores_U: Tensor, cost: Cost, budget: float) -> tuple[Tens
             point_U = (point_U + result_U) / 2
             spent, slope_U = _tangent(cost, point_U)
     else:
-        result_U = _between(boxed_U, result_U, cost, budget)
+        result_U = _between(most_U, result_U, cost, budget)
     return result_U.to(scores_U), v.to(scores_U)
 
 
@@ -113,12 +135,12 @@ def _tangent(cost: Cost, point_U: Tensor) -> tuple[float, Tensor]:
     return value, torch.from_numpy(slope_U)
 
 
-def _between(boxed_U: Tensor, result_U: Tensor, cost: Cost, budget: float) -> Tensor:
-    """The point that meets the budget on the way from 0 over the result of a round to the scores in the box.
+def _between(most_U: Tensor, result_U: Tensor, cost: Cost, budget: float) -> Tensor:
+    """The point that meets the budget on the way from 0 over the result of a round to scores that exceed it.
 
     The result is nowhere above those, so the cost only grows on the way.
     """
-    low_U, high_U = result_U, boxed_U
+    low_U, high_U = result_U, most_U
     if cost(result_U.numpy()) > budget:
         low_U, high_U = torch.zeros_like(result_U), result_U
     low, high = 0.0, 1.0

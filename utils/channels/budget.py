@@ -24,12 +24,16 @@ class Budget:
         network: whose scores are bounded.
         unit: what the bound counts: "channels", or what they cost on average in "params" or "flops".
         by_layer: whether every layer has a bound of its own; only with channels.
+        spend: whether the scores meet the bound in every step, see `project_onto_budget`, and candidates for the subnet
+            at the end.
     """
 
-    def __init__(self, network: SparseNetwork, unit: str = "channels", by_layer: bool = False) -> None:
+    def __init__(
+        self, network: SparseNetwork, unit: str = "channels", by_layer: bool = False, spend: bool = False
+    ) -> None:
         if by_layer and unit != "channels":
             raise ValueError(f"a budget by layer counts channels, got {unit!r}")
-        self.network, self.unit = network, unit
+        self.network, self.unit, self.spend = network, unit, spend
         self.groups = network.unit_groups() if by_layer else [slice(0, network.num_units)]
 
     @property
@@ -41,12 +45,12 @@ class Budget:
         """Puts the scores back into the box [0, 1] and the budget. Returns v, the largest of several (0-d)."""
         scores_U, cost = self.network.scores.data, self.cost
         if cost is not None:
-            projected_U, v = project_onto_cost(scores_U, cost, keep_ratio * cost.dense)
+            projected_U, v = project_onto_cost(scores_U, cost, keep_ratio * cost.dense, self.spend)
             scores_U.copy_(projected_U)
             return v
         thresholds = []
         for part in (scores_U[group] for group in self.groups):
-            projected, v = project_onto_budget(part, keep_ratio * part.numel())
+            projected, v = project_onto_budget(part, keep_ratio * part.numel(), spend=self.spend)
             part.copy_(projected)
             thresholds.append(v)
         return torch.stack(thresholds).max()
@@ -97,6 +101,12 @@ class Budget:
         if self.cost is not None:
             return constant_score(self.cost, keep_ratio * self.cost.dense, self.network.stored_units)
         return min(1.0, keep_ratio / self.stored_share())
+
+    def indifferent_score(self, keep_ratio: float) -> float:
+        """The score which, given to every unit of the whole network, meets the budget."""
+        if self.cost is not None:
+            return constant_score(self.cost, keep_ratio * self.cost.dense, np.ones(self.network.num_units, dtype=bool))
+        return keep_ratio
 
     def stored_share(self) -> float:
         """What the stored units are of the whole network, in what the budget counts: 1 until units have left.

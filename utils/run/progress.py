@@ -50,20 +50,31 @@ class Progress:
     """
 
     def __init__(self, stages: Sequence[Stage], every_steps: int = 50, stream: TextIO | None = None) -> None:
-        self._stages = stages
-        self._num_epochs = sum(stage.epochs for stage in stages)
+        self._bar: tqdm | None = None
+        self.plan(stages)
         self._every_steps = every_steps
         self._stream = stream or sys.stdout
-        self._bar: tqdm | None = None
         self._shows_next: bool | None = None
         self._place = -1  # of the stage under way
         self._ended: float | None = None  # when the last step of an epoch was done
         self._end_seconds, self._num_ends = 0.0, 0
 
+    def plan(self, stages: Sequence[Stage]) -> None:
+        """Replaces the stages between two epochs, because one of them has ended before its time."""
+        self._stages = stages
+        self._num_epochs = sum(stage.epochs for stage in stages)
+        if self._bar is not None:
+            self._bar.total = self._num_steps
+
+    @property
+    def _num_steps(self) -> int:
+        return sum(stage.epochs * stage.steps for stage in self._stages)
+
     def __enter__(self) -> "Progress":
         if self._stream.isatty():
-            total = sum(stage.epochs * stage.steps for stage in self._stages)
-            self._bar = tqdm(total=total, file=self._stream, dynamic_ncols=True, unit="", bar_format=BAR_FORMAT)
+            self._bar = tqdm(
+                total=self._num_steps, file=self._stream, dynamic_ncols=True, unit="", bar_format=BAR_FORMAT
+            )
         return self
 
     def __exit__(self, *exception: object) -> None:
