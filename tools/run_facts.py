@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from args import config_from_dict
 from tools.tables import HARDWARE, SAME_NETWORK
 
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
@@ -109,7 +110,7 @@ class RunFacts:
 
     @property
     def planned_epochs(self) -> int:
-        return self.options["epochs"] + self.options["finetune"] * self.options["finetune_epochs"]
+        return config_from_dict(self.options, str(self.folder)).total_epochs
 
     @property
     def is_dense(self) -> bool:

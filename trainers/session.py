@@ -198,12 +198,12 @@ def find_run(given: Config) -> Stored:
 def finished(folder: Path, config: Config) -> str:
     """What may be done with a finished run, for one that was to be resumed."""
     best, last = (shlex.quote(checkpoint_of(folder, name)) for name in (BEST, LAST))
-    if config.finetunes:
-        longer = f"--finetune-epochs N with N above {config.finetune.finetune_epochs}"
-    elif config.method in TWO_PHASE:  # further epochs have nothing to train until its subnet is fine-tuned
-        longer = "--finetune --finetune-epochs N"
-    else:
+    if config.ends_when_decided or config.method not in TWO_PHASE:
         longer = f"--epochs N with N above {config.train.epochs}"
+    elif config.finetunes:
+        longer = f"--finetune-epochs N with N above {config.finetune.finetune_epochs}"
+    else:  # further epochs have nothing to train until its subnet is fine-tuned
+        longer = "--finetune --finetune-epochs N"
     return (
         f"the run in {folder} is finished. --evaluate --resume {best} prints its result, --resume {last} {longer} "
         f"trains it longer, and --pretrained {best} starts another run from it"

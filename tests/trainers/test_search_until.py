@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -118,6 +117,15 @@ def test_a_resumed_run_ends_bit_equal(images, tmp_path, decided_after, step):
     assert [row["phase"] for row in resumed.rows] == [row["phase"] for row in whole.rows]
 
 
+def test_a_finished_run_becomes_longer_by_its_epochs(images, tmp_path, capsys):
+    before = list(run(tmp_path, images, **SETTINGS).rows)
+    assert run(tmp_path, images, "--resume", **SETTINGS).code == 2
+    assert f"--epochs N with N above {EPOCHS} trains it longer" in capsys.readouterr().err
+    longer = run(tmp_path, images, "--resume", "--epochs", str(EPOCHS + 1), **SETTINGS)
+    assert [row["phase"] for row in longer.rows] == ["search"] * SEARCH + ["finetune"] * (EPOCHS + 1 - SEARCH)
+    assert longer.rows[:EPOCHS] == before
+
+
 def test_methods_without_scores_count_epochs_alike(images, tmp_path):
     for method, phases in (
         ("l1", ["search"] * 3 + ["finetune"] * 2),
@@ -196,19 +204,9 @@ def share_of(done: Run, values_U: np.ndarray | torch.Tensor, budget: str) -> flo
 # ---- processor seconds ----
 
 
-def test_processor_seconds_are_those_of_training_steps(images, tmp_path, monkeypatch):
-    """The clock of the processor stands in for that on the wall, three times as fast."""
-    seconds = []
-    timed = trainers.recipe.Recipe.timed
-
-    def watched(self, clock, now=None):
-        if now is not None:
-            seconds.append((clock, now))
-            now = lambda: 3 * time.perf_counter()  # noqa: E731
-        return timed(self, clock, now)
-
-    monkeypatch.setattr(trainers.recipe.Recipe, "timed", watched)
-    done = run(tmp_path, images, batch_seconds=0.5)
-    assert set(seconds) == {("cpu_seconds", time.process_time)}
-    assert done.summary["train_cpu_seconds"] == pytest.approx(3 * done.summary["train_seconds"])
+def test_processor_seconds_are_those_of_training_steps_of_all_threads(images, tmp_path):
+    """Also of a run that was stopped within an epoch; the clocks of these runs go on with steps and evaluations."""
+    assert run(tmp_path, images, interrupt_at=STEPS + 1, batch_seconds=0.5).code == 130
+    done = run(tmp_path, images, "--resume", batch_seconds=0.5)
     assert done.summary["train_seconds"] > 0
+    assert done.summary["train_cpu_seconds"] == pytest.approx(2 * done.summary["train_seconds"])
