@@ -53,6 +53,27 @@ def seconds_left(text: str) -> list[int]:
     return [60 * int(m) + int(s) for m, s in re.findall(r"(\d+):(\d\d) left", text)]
 
 
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_a_stage_that_ends_early_leaves_its_epochs_to_the_next(now: list[float], stream: type[io.StringIO]) -> None:
+    """Three epochs of 4 steps of 1 s become one, and one of 2 steps of 2 s and half the images three."""
+    out = stream()
+    with Progress([Stage("search", 3, 4, 8), Stage("finetune", 1, 2, 4)], every_steps=4, stream=out) as shown:
+        shown.begin_epoch(0)
+        for _ in range(4):
+            now[0] += 1.0
+            shown.update(8, {})
+        shown.plan([Stage("search", 1, 4, 8), Stage("finetune", 3, 2, 4)])
+        shown.begin_epoch(1)
+        for _ in range(2):
+            now[0] += 2.0
+            shown.update(4, {})
+        text = out.getvalue()
+    assert "finetune epoch 2/4" in text
+    assert seconds_left(text)[-1] == 8  # two epochs of 2 steps of 2 s
+    if stream is Terminal:
+        assert "60%" in text  # 6 of 10 steps
+
+
 def test_the_time_left_is_that_of_the_whole_run(now: list[float]) -> None:
     """Two epochs of 5 steps of 1 s, then three of 2 steps of 3 s and twice the images; ends of epochs of 10 s."""
     stream = io.StringIO()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from itertools import pairwise
 from pathlib import Path
 
@@ -69,6 +71,7 @@ def column_of(done: Run, name: str, count: int) -> list[float]:
 
 
 Run.column_of = column_of
+plan = trainers.recipe.Progress.plan
 
 
 def test_it_ends_with_the_first_epoch_that_decides(images, tmp_path, decided_after, capsys):
@@ -115,6 +118,37 @@ def test_a_resumed_run_ends_bit_equal(images, tmp_path, decided_after, step):
     for name, value in whole.load("last.pt")["model"].items():
         assert torch.equal(value, resumed.load("last.pt")["model"][name]), name
     assert [row["phase"] for row in resumed.rows] == [row["phase"] for row in whole.rows]
+
+
+def test_a_decision_is_not_asked_for_again(images, tmp_path, decided_after, monkeypatch):
+    """The signal comes while the epoch that decides is evaluated, so the run stops before its subnet is chosen."""
+    decided_after(2)
+    finish_epoch = trainers.recipe.Recipe.finish_epoch
+
+    def finish_and_stop(self) -> None:
+        finish_epoch(self)
+        if self.run.decided:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers.recipe.Recipe, "finish_epoch", finish_and_stop)
+        stopped = run(tmp_path, images, **SETTINGS)
+    assert (stopped.code, stopped.load("last.pt")["phase"]) == (130, "search")
+    resumed = run(tmp_path, images, "--resume", **SETTINGS)
+    assert [row["phase"] for row in resumed.rows] == ["search"] * 2 + ["finetune"] * 3
+
+
+def test_the_bar_is_told_when_the_search_has_ended_early(images, tmp_path, decided_after, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        trainers.recipe.Progress, "plan", lambda self, stages: told.append(stages) or plan(self, stages)
+    )
+    decided_after(2)
+    run(tmp_path, images, **SETTINGS)
+    assert [[(stage.name, stage.epochs) for stage in stages] for stages in told] == [
+        [("search", 3), ("finetune", 2)],
+        [("search", 2), ("finetune", 3)],
+    ]
 
 
 def test_a_finished_run_becomes_longer_by_its_epochs(images, tmp_path, capsys):
