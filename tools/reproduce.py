@@ -1,27 +1,32 @@
 """Makes the runs of a table of results and writes the table: `python -m tools.reproduce configs/tables/NAME.yaml`.
 
 Runs that are done are not made again. The same command therefore goes on where it was stopped, and after a change of
-the table it makes what is new. `tools/tables.py` describes the file, `tools/table_report.py` what is written.
+the table it makes what is new. `--commands` prints the commands of the missing runs instead, one a line, for a
+scheduler that runs them on other machines. `tools/tables.py` describes the file, `tools/table_report.py` what is
+written.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import os
-import re
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import NamedTuple
 
 from tools.command_line import ToolParser, exit_code_of
-from tools.table_report import Record, Results, record_path, write_report
-from tools.tables import Run, Table, config_hash, options_of, read_run, read_table, row_name
+from tools.table_figures import Results
+from tools.table_record import Record, record_path
+from tools.table_report import write_report
+from tools.table_runs import Cell, TableRuns, choose_cells
+from tools.tables import read_table
 from utils.errors import UserError
+from utils.run.folder import lock
 from utils.run.progress import announce
 from utils.run.signals import StopRequest
 
@@ -29,7 +34,8 @@ PROGRAM = (sys.executable, str(Path(__file__).resolve().parent.parent / "main.py
 RUNS_FOLDER = Path("runs/tables")
 POLL_SECONDS = 0.05
 USELESS = {  # options that another one would ignore
-    "only_report": ("jobs", "rows", "seeds", "again", "recorded", "time", "dry_run"),
+    "only_report": ("jobs", "rows", "seeds", "again", "recorded", "time", "dry_run", "commands"),
+    "commands": ("jobs", "time", "dry_run"),
     "again": ("recorded",),
     "time": ("jobs", "seeds"),  # one run of every row, one after the other
 }
@@ -54,6 +60,12 @@ def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="also make runs that are done; the newest ones count")
     parser.add_argument("--recorded", action="store_true", help="make no run that NAME.runs.json holds")
     parser.add_argument("--time", action="store_true", help="measure seconds: one run of every row, alone, apart")
+    parser.add_argument(
+        "--commands",
+        action="store_true",
+        help="write the config of every missing run, print the command that makes it, and exit; what waits for another "
+        "run is a comment, and a command once that run is done",
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their states, and exit")
     parser.add_argument("--only-report", action="store_true", help="write the table from the runs that are there")
     arguments = parser.parse_args(argv)
@@ -75,26 +87,26 @@ def run(argv: Sequence[str] | None, program: Sequence[str]) -> int:
         announce(f"left out: {place} ({reason})")
     runs = TableRuns(table, root, record, alone=arguments.time, recorded=arguments.recorded)
     seeds = table.seeds[:1] if arguments.time else arguments.seeds
-    cells = runs.with_sources(choose_cells(table, arguments.rows, seeds))
+    cells = runs.with_sources(choose_cells(table, arguments.rows, seeds), arguments.again)
     if arguments.dry_run:
         print("\n".join(runs.describe(cell) for cell in cells))
         return 0
     failures: dict[Cell, str] = {}
     if not arguments.only_report:
-        from utils.run.folder import lock  # torch takes seconds to import: not for a list or a mistake
-
-        maker = Maker(runs, program, arguments.jobs or 1, arguments.again)
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {root}: {error.strerror}; choose another place with --runs") from error
         with lock(root), StopRequest() as stop:
-            failures = maker.make(cells, stop)
+            if arguments.commands:
+                print_commands(runs, cells, program, arguments.again)
+                return 0
+            failures = Maker(runs, program, arguments.jobs or 1, arguments.again).make(cells, stop)
         if stop.signal is not None:
             announce("stopped; the runs under way are saved, the same command goes on")
             return stop.exit_code
     try:
-        path = write_report(collect(table, root, record), record)
+        path = write_report(Results.of(table, root, record), record)
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}; the runs stay, see --only-report") from error
     for cell, reason in failures.items():
@@ -103,127 +115,32 @@ def run(argv: Sequence[str] | None, program: Sequence[str]) -> int:
     return 1 if failures else 0
 
 
-# ---- which runs there are ----
+# ---- telling how to make those that are missing ----
 
 
-class Cell(NamedTuple):
-    """One run of a table."""
-
-    row: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.row}, seed {self.seed}"
-
-    @property
-    def folder_name(self) -> str:
-        return f"{re.sub(r'[^A-Za-z0-9.=+-]+', '_', self.row)}-seed{self.seed}"
-
-
-def choose_cells(table: Table, rows: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Cell]:
-    """The runs asked for, seed by seed, so that a table that is stopped early has every row."""
-    rows = [row_name(row, table.rows, "--rows") for row in rows or table.rows]
-    for seed in seeds or ():
-        if seed not in table.seeds:
-            raise UserError(f"--seeds: {seed} is none of the seeds of {table.path}; add it there, for the report")
-    return [Cell(row, seed) for seed in seeds or table.seeds for row in rows]
+def print_commands(runs: TableRuns, cells: Sequence[Cell], program: Sequence[str], again: bool) -> None:
+    """One shell command for each missing run that can start, and a comment for each that cannot."""
+    told = set()
+    for cell in cells:
+        which = runs.hash(cell), cell.seed
+        if which in told or (runs.is_done(cell) and not again):
+            continue  # it is there, or another row with the same options has its command
+        if (reason := runs.obstacle(cell) or under_way(runs, cell)) is not None:
+            print(f"# {cell}: {reason}")
+            continue
+        told.add(which)
+        print(shlex.join([*program, *runs.arguments(cell, again)]))
 
 
-class TableRuns:
-    """What there is for a table; `refresh` looks again.
-
-    Args:
-        root: folder of the runs; those that ran alone lie in `timed` below it.
-        alone: only runs that ran alone, for their seconds. Otherwise their results count beside all others.
-        recorded: whether recorded runs are among them.
-    Attributes:
-        left_out: why runs are not used, by place.
-    """
-
-    def __init__(self, table: Table, root: Path, record: Record, alone: bool = False, recorded: bool = True) -> None:
-        self.table, self.root, self.record = table, root, record
-        self.alone, self.recorded = alone, recorded
-        self.folder = root / "timed" if alone else root  # of new runs
-        self.refresh()
-
-    def refresh(self) -> None:
-        self.left_out, runs = dict(self.record.unreadable), []
-        for folder, alone in ((self.root, False), (self.root / "timed", True)):
-            for config in sorted(folder.glob("[0-9a-f]" * 12 + "/**/config.yaml")):
-                try:
-                    runs.append(read_run(config.parent, alone, self.table, self.record.defaults))
-                except UserError as error:
-                    self.left_out[str(config)] = str(error)
-        for run in self.record.runs if self.recorded else ():
-            if missing := [name for name in self.table.numbers if run.facts.get(name) is None]:
-                self.left_out[f"{self.record.path}, {run.row}, seed {run.seed}"] = f"it has no {', '.join(missing)}"
-            else:
-                runs.append(run)
-        self._runs: dict[tuple[str, int], list[Run]] = {}
-        for run in sorted(filter(None, runs), key=lambda run: run.age, reverse=True):
-            if run.alone == self.alone or (run.alone and run.finished):
-                self._runs.setdefault((run.hash, run.seed), []).append(run)
-
-    def options(self, cell: Cell) -> dict[str, Any] | None:
-        """The options of a cell but its seed; None while the row that it takes its FLOPs from has no result."""
-        options, source = self.table.rows[cell.row].options, self.source(cell)
-        if source is None:
-            return options
-        result = self.result(source)
-        return None if result is None else {**options, "keep_ratio": result.facts["flops_ratio"]}
-
-    def hash(self, cell: Cell) -> str | None:
-        options = self.options(cell)
-        if options is None:
-            return None
-        return config_hash(options_of(options, self.table.rows[cell.row].where), self.record.defaults)
-
-    def newest(self, cell: Cell) -> Run | None:
-        """The run of a cell that was started last, finished or not."""
-        return next(iter(self._runs.get((self.hash(cell), cell.seed), ())), None)
-
-    def results(self, cell: Cell) -> list[Run]:
-        """The finished runs of a cell; the first was started last and is the one that counts."""
-        return [run for run in self._runs.get((self.hash(cell), cell.seed), ()) if run.finished]
-
-    def result(self, cell: Cell) -> Run | None:
-        return next(iter(self.results(cell)), None)
-
-    def is_done(self, cell: Cell) -> bool:
-        """A cell whose newest run has no result yet is not, even if an older one has."""
-        newest = self.newest(cell)
-        return newest is not None and newest.finished
-
-    def source(self, cell: Cell) -> Cell | None:
-        """The cell whose FLOPs ratio is the keep_ratio of this one."""
-        name = self.table.rows[cell.row].flops_of
-        return None if name is None else Cell(name, cell.seed)
-
-    def with_sources(self, cells: Iterable[Cell]) -> list[Cell]:
-        """The cells, and before each the missing ones that it takes its FLOPs from."""
-        wanted: dict[Cell, None] = {}
-        for cell in cells:
-            chain = [cell]
-            while (source := self.source(chain[-1])) is not None and not self.is_done(source):
-                chain.append(source)
-            wanted |= dict.fromkeys(reversed(chain))
-        return list(wanted)
-
-    def describe(self, cell: Cell) -> str:
-        """One line: the cell, its state, its hash and the folder of its newest run."""
-        hash, newest = self.hash(cell), self.newest(cell)
-        if hash is None:
-            return f"{cell}:  waits for {self.table.rows[cell.row].flops_of}"
-        if newest is None:
-            return f"{cell}:  not run yet  {hash}"
-        return f"{cell}:  {'done' if newest.finished else 'interrupted'}  {hash}  {newest.folder or 'recorded'}"
-
-
-def collect(table: Table, root: Path, record: Record) -> Results:
-    """The finished runs for the report."""
-    runs, timed = TableRuns(table, root, record), TableRuns(table, root, record, alone=True)
-    found = {row: {seed: run for seed in table.seeds if (run := runs.result(Cell(row, seed)))} for row in table.rows}
-    return Results(table, found, {row: timed.results(Cell(row, table.seeds[0])) for row in table.rows})
+def under_way(runs: TableRuns, cell: Cell) -> str | None:
+    """Who is making a cell at present, as the lock of its run says."""
+    for path in runs.folder.glob(f"{runs.hash(cell)}/{glob.escape(cell.folder_name)}/**/run.lock"):
+        try:
+            with lock(path.parent):
+                pass
+        except UserError as error:
+            return str(error)
+    return None
 
 
 # ---- making those that are missing ----
@@ -278,30 +195,24 @@ class Maker:
         for cell in list(self.waiting):
             if len(self.children) == self.jobs:
                 return
-            source, hash = self.runs.source(cell), self.runs.hash(cell)
-            if source in self.waiting or any(child.cell == source for child in self.children):
+            under_way = [*self.waiting, *(child.cell for child in self.children)]
+            if any(source in under_way for source in self.runs.sources(cell)):
                 continue
+            hash = self.runs.hash(cell)
             if any((child.hash, child.cell.seed) == (hash, cell.seed) for child in self.children):
                 continue  # another row with the same options: its run is this one's
             self.waiting.remove(cell)
-            if hash is None:
-                self._fail(cell, f"it takes its FLOPs from {source}, which has no result")
-            elif self.again or not self.runs.is_done(cell):  # the run of another row may have been this one's
+            if not self.again and self.runs.is_done(cell):
+                continue  # the run of another row was this one's
+            if (reason := self.runs.obstacle(cell)) is not None:
+                self._fail(cell, reason)
+            else:
                 self.children.append(self._start(cell, hash))
 
     def _start(self, cell: Cell, hash: str) -> Child:
-        root, newest = self.runs.folder, self.runs.newest(cell)
-        log = root / hash / f"{cell.folder_name}.log"
+        log = self.runs.folder / hash / f"{cell.folder_name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        if newest is not None and not newest.finished and not self.again:
-            command = ["--resume", str(newest.folder)]
-        else:
-            config = root / f"{hash}.yaml"
-            text = yaml.safe_dump({"log_dir": str(root), **self.runs.options(cell)}, sort_keys=False)
-            partial = config.with_name(f"{config.name}.partial")  # a run of another seed may be reading the old one
-            partial.write_text(f"# table {self.runs.table.path.name}, row {cell.row}\n{text}", encoding="utf-8")
-            os.replace(partial, config)
-            command = ["--config", str(config), "--seed", str(cell.seed), "--name", cell.folder_name]
+        arguments = self.runs.arguments(cell, self.again)
         # Cores are shared out among the jobs; threads that spin while they wait make a busy machine slower still.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = {"OMP_NUM_THREADS": str(max(1, cores // self.jobs)), "OMP_WAIT_POLICY": "passive"}
@@ -309,7 +220,7 @@ class Maker:
             # A session of its own: Ctrl-C in a terminal reaches every process there, and a second signal would
             # keep the run from saving.
             process = subprocess.Popen(
-                [*self.program, *command],
+                [*self.program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""A table of results: the file that describes it, and what one of its runs is.
+"""A table of results: the file that describes it.
 
 The file is YAML. Every row is a set of options of main.py, and all rows are checked before anything runs:
 
@@ -7,66 +7,71 @@ The file is YAML. Every row is a set of options of main.py, and all rows are che
     base: {set: FashionMNIST-mini, arch: resnet20_he}   # options of every row, which rows may override
     seeds: [0, 1, 2]
     dense: dense                                        # the row, or rows, that the others are compared with
+    seconds_of: thin                                    # the same for the seconds; left out: none are compared
     rows:
       dense: {method: dense}
+      thin: {method: thin, keep_ratio: 0.5}
       half: {keep_ratio: 0.5}
       same cost: {budget: flops, keep_ratio: {flops_of: half}}   # the FLOPs ratio that a row above came to
-    compare: [[half, same cost]]                        # pairs whose difference the report states
+      pruned: {method: l1, pretrained: {run_of: dense}}          # the network that a row above trained
+    primary: [half, thin]                               # the pair that was chosen before the first run
+    compare: [[half, same cost]]                        # more pairs whose difference the report states
     judge: heldout                                      # the images that measure the accuracy; test unless given
 
-Any option may stand in a row. Whether two rows can be compared is for the reader of the table to judge.
+Any option may stand in a row. `flops_of` and `run_of` mean the run of the same seed; a row waits until that run has its
+result. Whether two rows can be compared is for the reader of the table to judge.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from args import OPTIONS, config_from_dict, config_to_dict
+from args import OPTIONS, config_from_dict
 from utils.errors import UserError
 from utils.options import NULL_SCALARS, Given, nearest, resolve
 
-KEYS = ("title", "note", "base", "seeds", "dense", "rows", "compare", "judge")
+KEYS = ("title", "note", "base", "seeds", "dense", "seconds_of", "rows", "primary", "compare", "judge")
 NEEDED = ("title", "seeds", "dense", "rows")
 JUDGES = ("test", "heldout")  # test images must choose nothing, so a table to choose from needs held-out ones
 KIND_WORDS = {dict: "a mapping, such as {key: value}", list: "a list, such as [a, b]", str: "plain text"}
 # Whoever starts a run decides these, so a table may not set them.
 DECIDED_ELSEWHERE = ("config", "name", "log_dir", "seed", "resume", "evaluate", "print_config", "dry_run", "doctor")
-# These options change no number of a run. The seed does, but it stands beside the hash.
-NO_NUMBERS = {*DECIDED_ELSEWHERE, "print_freq", "save_every", "test_every", "workers"}
+SOURCES = {"keep_ratio": "flops_of", "pretrained": "run_of", "widths_of": "run_of"}  # options that a row above can give
+RUN_OF = tuple(key for key, word in SOURCES.items() if word == "run_of")
 SAME_NETWORK = ("set", "data", "arch", "width_mult")  # equal for a row and the dense row that it is compared with
-
-OTHER_NUMBERS = ("flops_ratio", "params_kept", "train_flops_ratio", "train_seconds", "epochs")  # beside the accuracy
-HARDWARE = ("cpu", "cpu_capability", "gpu", "num_threads")  # decides how long a run takes
-FACTS = (*HARDWARE, "torch", "git_commit", "git_dirty", "data_fingerprint")  # recorded beside the numbers
-
-
-# ---- the file ----
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of a table: its options, those of `base` included.
 
-    `flops_of` is the row whose FLOPs ratio, seed by seed, is the keep_ratio of this one. `where` is for messages.
+    Attributes:
+        flops_of: by option, the row whose FLOPs ratio, seed by seed, is its value.
+        run_of: by option, the row whose run of the same seed is its value.
+        where: for messages.
     """
 
     name: str
     options: dict[str, Any]
-    flops_of: str | None
     where: str
+    flops_of: dict[str, str] = field(default_factory=dict)
+    run_of: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A whole file. `dense` has for every row the name of the row that it is compared with."""
+    """A whole file.
+
+    Attributes:
+        dense: for every row the name of the row that its accuracy is compared with.
+        seconds_of: the same for its seconds; nothing if they are not compared.
+        primary: the pair whose difference the table was made for.
+    """
 
     path: Path
     title: str
@@ -74,18 +79,15 @@ class Table:
     seeds: tuple[int, ...]
     rows: dict[str, Row]
     dense: dict[str, str]
-    compare: tuple[tuple[str, str], ...]
-    judge: str
+    compare: tuple[tuple[str, str], ...] = ()
+    judge: str = JUDGES[0]
+    seconds_of: dict[str, str] = field(default_factory=dict)
+    primary: tuple[str, str] | None = None
 
     @property
     def accuracy(self) -> str:
         """The accuracy that is reported, by its name in summary.json."""
         return f"{self.judge}_top1"
-
-    @property
-    def numbers(self) -> tuple[str, ...]:
-        """What the report needs of summary.json. A run that lacks one of them cannot be used."""
-        return (self.accuracy, *OTHER_NUMBERS)
 
 
 def read_table(path: str | Path) -> Table:
@@ -94,7 +96,7 @@ def read_table(path: str | Path) -> Table:
     Raises: UserError for the first mistake, with file, row and key.
     """
     path = Path(path)
-    parts = _load(path, lambda text: yaml.load(text, Loader=_TextLoader))
+    parts = load_mapping(path, lambda text: yaml.load(text, Loader=_TextLoader))
     for key in parts:
         if key not in KEYS:
             raise UserError(f"{path}: unknown key {key!r}; {nearest(key, KEYS, f'a table has {_listed(KEYS)}')}")
@@ -117,9 +119,14 @@ def read_table(path: str | Path) -> Table:
         note=_expect(str, parts.get("note", ""), f"{path}: note").strip(),
         seeds=_read_seeds(parts["seeds"], f"{path}: seeds"),
         rows=rows,
-        dense=_read_dense(parts["dense"], rows, f"{path}: dense"),
-        compare=_read_pairs(parts.get("compare", []), rows, f"{path}: compare"),
+        dense=_read_partners(parts["dense"], rows, f"{path}: dense"),
+        compare=tuple(
+            _read_pair(pair, rows, f"{path}: compare")
+            for pair in _expect(list, parts.get("compare", []), f"{path}: compare")
+        ),
         judge=judge,
+        seconds_of=_read_partners(parts["seconds_of"], rows, f"{path}: seconds_of") if "seconds_of" in parts else {},
+        primary=_read_pair(parts["primary"], rows, f"{path}: primary") if "primary" in parts else None,
     )
 
 
@@ -134,7 +141,7 @@ class _TextLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _load(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+def load_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -156,15 +163,19 @@ def _read_row(name: str, given: Any, base: Mapping[str, Any], above: Mapping[str
     where = f"{path}, row {name!r}"
     if not name.strip() or not name.isprintable() or "|" in name:
         raise UserError(f"{where}: the name of a row must be one line without |")
-    texts, source = dict(_expect(dict, given, where)), None
-    if isinstance(texts.get("keep_ratio"), dict):
-        if list(texts["keep_ratio"]) != ["flops_of"]:
-            raise UserError(f"{where}: keep_ratio must be a number or {{flops_of: ROW}}")
-        source = row_name(texts["keep_ratio"]["flops_of"], above, f"{where}: flops_of", "no row above")
-        texts["keep_ratio"] = str(OPTIONS["keep_ratio"].default)  # until the other row has a result
+    texts, sources = dict(_expect(dict, given, where)), {"flops_of": {}, "run_of": {}}
+    for text_key, value in texts.items():
+        key = text_key.replace("-", "_")
+        if isinstance(value, dict) and key in SOURCES:
+            word = SOURCES[key]
+            if list(value) != [word]:
+                raise UserError(f"{where}: {key} must be a single value or {{{word}: ROW}}")
+            source = sources[word][key] = row_name(value[word], above, f"{where}: {word}", "no row above")
+            # Until the other row has a result, a value stands here that is checked like any other.
+            texts[text_key] = f"{{run_of: {source}}}" if word == "run_of" else str(OPTIONS[key].default)
     options = {**base, **_read_options(texts, where)}
     config_from_dict(options, where)
-    return Row(name, options, source, where)
+    return Row(name, options, where, **sources)
 
 
 def _read_options(texts: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -177,7 +188,8 @@ def _read_options(texts: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{name} cannot be set in a table ({where}), whoever runs it decides it; {advice}")
         if not isinstance(text, str):
             raise UserError(
-                f"{name} must be a single value ({where}); only a row's keep_ratio can be {{flops_of: ROW}}"
+                f"{name} must be a single value ({where}); only a row's keep_ratio can be {{flops_of: ROW}}, and only "
+                f"its {' or '.join(RUN_OF)} {{run_of: ROW}}"
             )
         given.append(Given(name, None if text in NULL_SCALARS else text, False, where))
     return {key: setting.value for key, setting in resolve(OPTIONS, given).items()}
@@ -198,128 +210,26 @@ def _read_seeds(given: Any, what: str) -> tuple[int, ...]:
     return seeds
 
 
-def _read_dense(given: Any, rows: Mapping[str, Row], what: str) -> dict[str, str]:
-    """A single name holds for all rows. Of several names a row gets the one of its own network."""
+def _read_partners(given: Any, rows: Mapping[str, Row], what: str) -> dict[str, str]:
+    """By row, the one that it is compared with. A single name holds for all; of several, that of its own network."""
     names = [row_name(name, rows, what) for name in (given if isinstance(given, list) else [given])]
     networks = {
         name: [row.options.get(key, OPTIONS[key].default) for key in SAME_NETWORK] for name, row in rows.items()
     }
-    dense = {row: [name for name in names if len(names) == 1 or networks[name] == networks[row]] for row in rows}
-    for row, same in dense.items():
+    partners = {row: [name for name in names if len(names) == 1 or networks[name] == networks[row]] for row in rows}
+    for row, same in partners.items():
         if len(same) != 1:
             own = _listed(f"{key} {value}" for key, value in zip(SAME_NETWORK, networks[row], strict=True))
             raise UserError(f"{what} must name one row of the network of row {row!r} ({own})")
-    return {row: same for row, [same] in dense.items()}
+    return {row: same for row, [same] in partners.items()}
 
 
-def _read_pairs(given: Any, rows: Mapping[str, Row], what: str) -> tuple[tuple[str, str], ...]:
-    pairs = []
-    for entry in _expect(list, given, what):
-        pair = tuple(row_name(name, rows, what) for name in _expect(list, entry, f"a pair of {what}"))
-        if len(pair) != 2 or pair[0] == pair[1]:
-            raise UserError(f"a pair of {what} must be two different rows, got {_listed(pair) or 'none'}")
-        pairs.append(pair)
-    return tuple(pairs)
+def _read_pair(given: Any, rows: Mapping[str, Row], what: str) -> tuple[str, str]:
+    pair = tuple(row_name(name, rows, what) for name in _expect(list, given, f"a pair of {what}"))
+    if len(pair) != 2 or pair[0] == pair[1]:
+        raise UserError(f"a pair of {what} must be two different rows, got {_listed(pair) or 'none'}")
+    return pair
 
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names)
-
-
-# ---- runs ----
-
-
-def options_of(flat: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Every option that can change a number, the seed excepted, from those that were given.
-
-    Args:
-        defaults: of a run that was made earlier, the first default of every option, see `config_hash`. A run that
-            does not name an option is older than the option, so it counts as a run with its first default.
-    """
-    options = config_to_dict(config_from_dict(flat, where))
-    for key, first in (defaults or {}).items():
-        if first != OPTIONS[key].default and flat.keys().isdisjoint(OPTIONS[key].names):
-            options[key] = first
-    return {key: value for key, value in options.items() if key not in NO_NUMBERS}
-
-
-def config_hash(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """12 hex digits that stand for those of the `options_of` a run whose values differ from `defaults`.
-
-    `defaults` are not those of today: the record of a table keeps the default with which it first saw each option. So
-    an option that the program gains or loses, and that stands at its default, leaves every hash as it is. When a
-    default changes, the rows that rely on it differ from the first default: they get a new hash and are run again,
-    while the runs that were made before keep theirs.
-    """
-    told = {key: value for key, value in options.items() if value != defaults[key]}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that has a result or can go on, as its folder or the record of the table describes it.
-
-    Attributes:
-        row: its row when it was recorded.
-        alone: nothing else ran at the same time, so its seconds count.
-        date: the day, in UTC, on which it was finished; "" before.
-        started: the time of its latest start, in ns.
-        facts: the numbers of its summary, then what it wrote about machine, versions and images.
-        folder: None: it is only recorded.
-    """
-
-    row: str
-    seed: int
-    hash: str
-    alone: bool
-    date: str
-    started: int
-    facts: dict[str, Any]
-    options: dict[str, Any]
-    folder: Path | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has a result."""
-        return bool(self.facts)
-
-    @property
-    def machine(self) -> tuple[Any, ...]:
-        """Equal for runs on one machine, the only ones whose seconds make a ratio."""
-        return tuple(self.facts.get(name) for name in HARDWARE)
-
-    @property
-    def age(self) -> tuple[int, bool]:
-        """Larger for newer runs; of a run that is both here and recorded, the one here counts."""
-        return self.started, self.folder is not None
-
-
-def read_run(folder: Path, alone: bool, table: Table, defaults: Mapping[str, Any]) -> Run | None:
-    """The run in a folder; None if it has neither a result nor a checkpoint.
-
-    Raises: UserError for a config that today's options refuse.
-    """
-    config = folder / "config.yaml"
-    flat = _load(config, yaml.safe_load)
-    options = options_of(flat, str(config), defaults)
-    summary, environment = _read_json(folder / "summary.json"), _read_json(folder / "env.json")
-    environment["data_fingerprint"] = summary.get("data_fingerprint")
-    date, facts = "", {}
-    if all(isinstance(summary.get(name), int | float) for name in table.numbers):
-        date = f"{datetime.fromtimestamp((folder / 'summary.json').stat().st_mtime, UTC):%Y-%m-%d}"
-        # Never the test accuracy, if held-out images judge.
-        numbers = dict.fromkeys((table.accuracy, "heldout_top1", *OTHER_NUMBERS))
-        facts = {name: summary[name] for name in numbers if summary.get(name) is not None}
-        facts |= {name: environment[name] for name in FACTS if environment.get(name) is not None}
-    elif not (folder / "checkpoints" / "last.pt").is_file():
-        return None
-    started = config.stat().st_mtime_ns
-    return Run("", flat["seed"], config_hash(options, defaults), alone, date, started, facts, options, folder)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """What a run wrote; nothing if it did not come to it, or was interrupted."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools.stand_in import STAND_IN, TABLE
-from tools import reproduce, table_report
+from tools import reproduce, table_record
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def make(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setattr(table_report, "TABLES_FOLDER", tmp_path)  # its results go into results/
+    monkeypatch.setattr(table_record, "TABLES_FOLDER", tmp_path)  # its results go into results/
     (tmp_path / "stand_in.py").write_text(STAND_IN)
 
     def command(*options: str, table: str = TABLE, orders: dict | None = None) -> int:

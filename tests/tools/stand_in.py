@@ -25,7 +25,10 @@ else:
         folder = first / str(number)
     (folder / "checkpoints").mkdir(parents=True)
     known = json.loads(os.environ.get("TEST_DEFAULTS", "{}"))  # main.py writes the defaults of all options
-    (folder / "config.yaml").write_text(yaml.safe_dump({**known, **options, "seed": int(arguments["--seed"])}))
+    starts = {key[2:].replace("-", "_"): arguments[key] for key in ("--pretrained", "--widths-of") if key in arguments}
+    assert all(Path(file).read_text() == "trained" for file in starts.values())
+    given = {**known, **options, **starts, "seed": int(arguments["--seed"])}
+    (folder / "config.yaml").write_text(yaml.safe_dump(given))
 options = yaml.safe_load((folder / "config.yaml").read_text())
 name = next(part for part in folder.parts if "-seed" in part)
 order = json.loads(Path("orders.json").read_text()).get(name, "")
@@ -71,7 +74,10 @@ summary = {
     "cpu": cpu, "cpu_capability": "AVX2", "num_threads": 2, "torch": "2.14.1", "gpu": os.environ.get("TEST_GPU"),
     "git_commit": "0123456789abcdef", "git_dirty": False,
 }))
+if "TEST_CPU_SECONDS" in os.environ:
+    summary["train_cpu_seconds"] = float(os.environ["TEST_CPU_SECONDS"]) * kept + seed
 note("end")
+(folder / "checkpoints" / "best.pt").write_text("trained")
 (folder / "summary.json").write_text(json.dumps(summary))
 """
 TABLE = """

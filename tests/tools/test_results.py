@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from args import config_to_dict, parse_args
-from tools import reproduce, table_report
-from tools.table_report import Record
-from tools.tables import config_hash, options_of, read_table
+from tools import reproduce, table_record
+from tools.table_record import Record, config_hash, options_of
+from tools.tables import read_table
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECORDS = sorted((PROJECT / "results").glob("*.runs.json"))
@@ -25,7 +25,7 @@ def test_a_committed_table_is_what_its_record_says(record, tmp_path, monkeypatch
         shutil.copy(path, "results")
     shutil.copy(record, "results")
     shutil.copytree(PROJECT / "configs/tables", "configs/tables")
-    monkeypatch.setattr(table_report, "TABLES_FOLDER", tmp_path / "configs/tables")
+    monkeypatch.setattr(table_record, "TABLES_FOLDER", tmp_path / "configs/tables")
     assert reproduce.main([f"configs/tables/{name}.yaml", "--only-report"]) == 0
     for path in (record, record.with_name(f"{name}.md"), record.with_name(f"{name}.csv")):
         assert Path("results", path.name).read_text() == path.read_text(), f"{path.name}: write it again, --only-report"

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.tools.stand_in import report
-from tools.table_report import T_95, Results, interval
-from tools.tables import Row, Run, Table
+from tools.table_figures import T_95, Results, interval
+from tools.table_record import Run
+from tools.table_report import compared, line_of
+from tools.tables import Row, Table
 
 # ---- the report ----
 
@@ -54,14 +56,20 @@ def test_the_report_tells_means_differences_and_where_they_come_from(make):
 
     text = Path("results/table.md").read_text()
     assert text.startswith("# A table\n\nThree rows.\n\n| row | test top-1 % | sd |")
-    hash = half["config_hash"]
-    assert f"| half | 86.00 | 1.41 | -4.50 | 25.0 % | 50.0 % | 50.0 % | not run yet | 0 1 | {hash} |" in text
+    assert "| half | 86.00 | 1.41 | -4.50 | 25.0 % | 50.0 % | 50.0 % | 0 1 |" in text
     for fact in ("Abacus (AVX2), 2 threads", "torch 2.14.1", "commit 0123456789ab", "tools.reproduce table.yaml`"):
         assert fact in text
-    # 85 - 82.5 and 87 - (82.5 + 10/1024 + 2): 2.5 and 2.490, with one degree of freedom
+    # 85 - 82.5 and 87 - (82.5 + 10/1024 + 2): 2.5 and 2.490, with one degree of freedom. The sum of squares of the rows
+    # is 0.5, 2 and 2.02, with three: a pooled sd of 1.23, and 3.182 * 1.23 * sqrt(2 / 2) = 3.9.
     sentence = (
-        "- half - same cost: +2.5 points (95 % interval +2.4 to +2.6, 2 seeds), inference FLOPs 25.0 % against 6.3 %."
+        "- half - same cost: +2.5 points (95 % interval +2.4 to +2.6, 2 seeds; by the pooled sd -1.4 to +6.4), "
+        "inference FLOPs 25.0 % against 6.3 %."
     )
+    assert (
+        "Pooled sd: that of the 3 rows with at least two seeds together, 1.23 points with 3 degrees of freedom" in text
+    )
+    assert "45 % of its square comes from same cost." in text
+    assert "The table makes 1 comparison." in text
     assert sentence in text
 
 
@@ -73,8 +81,8 @@ def by_hand(**numbers: dict[int, dict]) -> Results:
         facts = {**usual, "train_seconds": 1.0, "epochs": 1, **facts}
         return Run(row, seed, f"hash of {row}", False, "2026-01-01", 0, facts, {})
 
-    rows = {row: Row(row, {}, None, row) for row in numbers}
-    table = Table(Path("x.yaml"), "x", "", (0, 1, 2, 3), rows, dict.fromkeys(rows, "dense"), (), "test")
+    rows = {row: Row(row, {}, row) for row in numbers}
+    table = Table(Path("x.yaml"), "x", "", (0, 1, 2, 3), rows, dict.fromkeys(rows, "dense"))
     runs = {row: {seed: made(row, seed, facts) for seed, facts in by_seed.items()} for row, by_seed in numbers.items()}
     return Results(table, runs, {row: [] for row in rows})
 
@@ -82,23 +90,23 @@ def by_hand(**numbers: dict[int, dict]) -> Results:
 def test_means_are_over_all_seeds_and_differences_over_common_ones():
     top1 = {"dense": {0: 90.0, 1: 80.0, 3: 10.0}, "half": {0: 60.0, 1: 70.0, 2: 20.0}, "none": {2: 1.0}}
     results = by_hand(**{row: {seed: {"test_top1": value} for seed, value in of.items()} for row, of in top1.items()})
-    line = results.line("half")
+    line = line_of(results, "half")
     assert line["_top1"] == 50
     assert line["_top1_sd"] == pytest.approx(math.sqrt((10**2 + 20**2 + 30**2) / 2))  # n - 1
     assert line["_top1_minus_dense"] == -20  # the mean of -30 and -10
     assert line["seeds"] == "0 1 2"
     # -20 -+ 12.7062 * sqrt(200) / sqrt(2)
-    assert "half - dense: -20.0 points (95 % interval -147.1 to +107.1, 2 seeds)" in results.compared("half", "dense")
-    assert results.compared("none", "dense") == "none - dense: not run yet."  # no seed in common
-    assert results.line("none")["_top1_minus_dense"] is None
+    assert "half - dense: -20.0 points (95 % interval -147.1 to +107.1, 2 seeds;" in compared(results, "half", "dense")
+    assert compared(results, "none", "dense") == "none - dense: not run yet."  # no seed in common
+    assert line_of(results, "none")["_top1_minus_dense"] is None
 
 
 def test_costs_are_means_over_seeds_and_compared_over_common_ones():
     halves = {0: {"flops_ratio": 0.1, "params_kept": 0.4}, 1: {"flops_ratio": 0.3, "params_kept": 0.8}}
     results = by_hand(dense={0: {"flops_ratio": 1.0}}, half=halves)
-    line = results.line("half")
+    line = line_of(results, "half")
     assert (line["flops_ratio"], line["params_kept"]) == pytest.approx((0.2, 0.6))
-    assert "inference FLOPs 10.0 % against 100.0 %" in results.compared("half", "dense")
+    assert "inference FLOPs 10.0 % against 100.0 %" in compared(results, "half", "dense")
 
 
 def test_training_flops_are_told_against_as_many_dense_epochs_as_the_dense_row_has():
@@ -106,9 +114,9 @@ def test_training_flops_are_told_against_as_many_dense_epochs_as_the_dense_row_h
     dense = {0: {"epochs": 12, "train_flops_ratio": 1.25}, 1: {"epochs": 12, "train_flops_ratio": 1.25}}
     half = {0: {"epochs": 6, "train_flops_ratio": 0.5}, 1: {"epochs": 24, "train_flops_ratio": 0.25}}
     results = by_hand(dense=dense, half=half)
-    assert results.line("half")["train_flops_to_dense"] == pytest.approx((6 / 12 * 0.5 + 24 / 12 * 0.25) / 2)
-    assert results.line("dense")["train_flops_to_dense"] == 1.25
-    assert by_hand(dense={}, half=half).line("half")["train_flops_to_dense"] is None
+    assert line_of(results, "half")["train_flops_to_dense"] == pytest.approx((6 / 12 * 0.5 + 24 / 12 * 0.25) / 2)
+    assert line_of(results, "dense")["train_flops_to_dense"] == 1.25
+    assert line_of(by_hand(dense={}, half=half), "half")["train_flops_to_dense"] is None
 
 
 def test_every_figure_stands_under_its_heading(make):
@@ -118,7 +126,8 @@ def test_every_figure_stands_under_its_heading(make):
     row, text = report()[2], Path("results/table.md").read_text()
     expected = {
         "row": "same cost", "test_top1": "82.5", "test_top1_sd": "", "test_top1_minus_dense": "-7.5",
-        "flops_ratio": "0.0625", "params_kept": "0.25", "train_flops_to_dense": "0.5", "train_seconds_to_dense": "0.25",
+        "minus_dense_seeds": "0", "flops_ratio": "0.0625", "params_kept": "0.25", "train_flops_to_dense": "0.5",
+        "train_seconds_to_dense": "0.25", "train_cpu_seconds": "not run yet", "train_cpu_seconds_ratio": "not run yet",
         "seeds": "0",
     }  # fmt: skip
     assert {**expected, "config_hash": row["config_hash"]} == row
@@ -126,7 +135,7 @@ def test_every_figure_stands_under_its_heading(make):
     assert dict(zip(table[0], table[4], strict=True)) == {
         "row": "same cost", "test top-1 %": "82.50", "sd": "-", "minus dense": "-7.50", "inference FLOPs": "6.2 %",
         "params kept": "25.0 %", "training FLOPs to dense": "50.0 %", "training seconds to dense": "25.0 %",
-        "seeds": "0", "config": row["config_hash"],
+        "seeds": "0",
     }  # fmt: skip
 
 
@@ -136,7 +145,7 @@ def test_one_seed_has_no_interval_and_missing_rows_say_so(make):
     assert "- half - same cost: not run yet." in Path("results/table.md").read_text()
     assert make("--seeds", "0") == 0
     text = Path("results/table.md").read_text()
-    assert "(1 seed, no interval)" in text
+    assert "+2.5 points (no interval of its own, 1 seed), inference" in text
     assert "| half | 85.00 | - | -5.00 |" in text
     assert report()[1]["test_top1_sd"] == ""
 
