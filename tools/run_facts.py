@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from args import config_from_dict
-from tools.tables import HARDWARE, SAME_NETWORK
+from tools.table_record import HARDWARE
+from tools.tables import SAME_NETWORK
 
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 SAME_TRAINING = (*SAME_NETWORK, "train_images", "holdout")  # what decides the cost of an epoch of dense training

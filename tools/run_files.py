@@ -17,7 +17,7 @@ import yaml
 
 from args import OPTIONS, config_from_dict, config_to_dict
 from tools.run_facts import Layer, RunFacts, Scores
-from tools.tables import NO_NUMBERS
+from tools.table_record import NO_NUMBERS
 from utils.errors import UserError
 from utils.options import why_unread, worded
 from utils.run import checkpoint

@@ -37,7 +37,7 @@ def interval(numbers: Sequence[float]) -> tuple[float, float]:
 
 
 class PooledSpread(NamedTuple):
-    """The standard deviation of runs of one row, from all rows that have at least two runs.
+    """The standard deviation of the runs of a row, from several rows that have at least two runs each.
 
     Attributes:
         sd: in points.
@@ -84,8 +84,9 @@ class Results:
         return cls(table, found, {row: timed.results(Cell(row, table.seeds[0])) for row in table.rows})
 
     def pooled(self) -> PooledSpread | None:
-        """None if no row has two runs, or if they all came to the same accuracy."""
-        top1 = {row: list(self.values(row, self.table.accuracy).values()) for row in self.table.rows}
+        """Over all rows but those that the table sets apart; None if no row has two runs, or all runs are equal."""
+        rows = [row for row in self.table.rows if row not in self.table.not_pooled]
+        top1 = {row: list(self.values(row, self.table.accuracy).values()) for row in rows}
         squares = {row: variance(values) * (len(values) - 1) for row, values in top1.items() if len(values) > 1}
         whole, freedom = sum(squares.values()), sum(len(top1[row]) - 1 for row in squares)
         if not whole:
@@ -101,6 +102,13 @@ class Results:
         """Top-1 of `row` minus that of `other`, in points, for every seed that both have."""
         ours, theirs = (self.values(name, self.table.accuracy) for name in (row, other))
         return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+
+    def half_interval(self, row: str) -> float | None:
+        """Half of the 95 % interval of a row's mean: by the pooled spread, or by its own if the table sets it apart."""
+        values, pooled = list(self.values(row, self.table.accuracy).values()), self.pooled()
+        if row in self.table.not_pooled:
+            return (interval(values)[1] - interval(values)[0]) / 2 if len(values) > 1 else None
+        return pooled.half_width(len(values)) if pooled and values else None
 
     def timed_pair(self, row: str) -> tuple[Run, Run] | None:
         """The newest run of a row and of its dense row that ran alone on one machine."""

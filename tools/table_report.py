@@ -77,9 +77,9 @@ def compared(results: Results, row: str, other: str) -> str:
     if not differences:
         return f"{row} - {other}: {MISSING}."
     numbers, pooled = list(differences.values()), results.pooled()
-    mean = fmean(numbers)
+    mean, apart = fmean(numbers), {row, other} & set(results.table.not_pooled)
     own = f"95 % interval {_range(*interval(numbers))}" if len(numbers) > 1 else "no interval of its own"
-    half = pooled and pooled.half_width(len(numbers), num_rows=2)
+    half = pooled.half_width(len(numbers), num_rows=2) if pooled and not apart else None
     by_pooled = f"; by the pooled sd {_range(mean - half, mean + half)}" if half else ""
     count = f"{len(numbers)} seed{'' if len(numbers) == 1 else 's'}"
     flops = [fmean(results.values(name, "flops_ratio")[seed] for seed in differences) for name in (row, other)]
@@ -153,7 +153,9 @@ def _cell(line: Line, key: str, form: str) -> str:
 def _shown(value: str | float | None, form: str) -> str:
     if value is None:
         return MISSING
-    return "-" if value == "" else form.format(value).replace("%", " %")
+    if isinstance(value, str):
+        return value or "-"
+    return form.format(value).replace("%", " %")
 
 
 def _reading(results: Results) -> list[str]:
@@ -163,7 +165,7 @@ def _reading(results: Results) -> list[str]:
     count = len(pairs) + (table.primary is not None)
     if not count:
         return []
-    made = "1 comparison" if count == 1 else f"{count} comparisons; no interval is wider for their number"
+    made = "1 comparison" if count == 1 else f"{count} comparisons, and their number widens no interval"
     text = ["", "## Reading", "", f"Differences of {IMAGES[table.judge]} top-1, seed by seed. The table makes {made}."]
     if results.pooled() is not None:
         text[-1] += (
@@ -182,9 +184,11 @@ def _pooled(results: Results) -> list[str]:
     pooled = results.pooled()
     if pooled is None:
         return []
+    apart = f" without {', '.join(results.table.not_pooled)}" if results.table.not_pooled else ""
     return [
-        f"Pooled sd: that of the {pooled.num_rows} rows with at least two seeds together, {pooled.sd:.2f} points with "
-        f"{pooled.freedom} degrees of freedom; {100 * pooled.part:.0f} % of its square comes from {pooled.widest}."
+        f"Pooled sd: that of the {pooled.num_rows} rows with at least two seeds together{apart}, {pooled.sd:.2f} "
+        f"points, degrees of freedom: {pooled.freedom}; {100 * pooled.part:.0f} % of its square comes from "
+        f"{pooled.widest}."
     ]
 
 
@@ -194,7 +198,7 @@ def _origin(results: Results) -> list[str]:
     runs = [run for by_seed in results.runs.values() for run in by_seed.values()]
     timed = [pair[0] for row in table.rows if (pair := results.timed_pair(row)) is not None]
     command = f"python -m tools.reproduce {table.path.name if table.path.is_absolute() else table.path.as_posix()}"
-    lines = [f"- command: `{command}`; the seconds: `{command} --time`"]
+    lines = [f"- command: `{command}`" + (f"; the seconds: `{command} --time`" if timed else "")]
     if runs:
         torch = _distinct(runs, lambda run: run.facts.get("torch"))
         lines += [f"- hardware: {_distinct(runs, _hardware)}", f"- torch {torch}, {_newest(runs)}"]

@@ -14,8 +14,10 @@ The file is YAML. Every row is a set of options of main.py, and all rows are che
       half: {keep_ratio: 0.5}
       same cost: {budget: flops, keep_ratio: {flops_of: half}}   # the FLOPs ratio that a row above came to
       pruned: {method: l1, pretrained: {run_of: dense}}          # the network that a row above trained
+      coin: {method: coin}
     primary: [half, thin]                               # the pair that was chosen before the first run
     compare: [[half, same cost]]                        # more pairs whose difference the report states
+    not_pooled: [coin]                                  # rows that spread more than others, for reasons of their own
     judge: heldout                                      # the images that measure the accuracy; test unless given
 
 Any option may stand in a row. `flops_of` and `run_of` mean the run of the same seed; a row waits until that run has its
@@ -35,7 +37,7 @@ from args import OPTIONS, config_from_dict
 from utils.errors import UserError
 from utils.options import NULL_SCALARS, Given, nearest, resolve
 
-KEYS = ("title", "note", "base", "seeds", "dense", "seconds_of", "rows", "primary", "compare", "judge")
+KEYS = ("title", "note", "base", "seeds", "dense", "seconds_of", "rows", "primary", "compare", "not_pooled", "judge")
 NEEDED = ("title", "seeds", "dense", "rows")
 JUDGES = ("test", "heldout")  # test images must choose nothing, so a table to choose from needs held-out ones
 KIND_WORDS = {dict: "a mapping, such as {key: value}", list: "a list, such as [a, b]", str: "plain text"}
@@ -71,6 +73,7 @@ class Table:
         dense: for every row the name of the row that its accuracy is compared with.
         seconds_of: the same for its seconds; nothing if they are not compared.
         primary: the pair whose difference the table was made for.
+        not_pooled: rows whose spread is not taken to be that of the others.
     """
 
     path: Path
@@ -83,6 +86,7 @@ class Table:
     judge: str = JUDGES[0]
     seconds_of: dict[str, str] = field(default_factory=dict)
     primary: tuple[str, str] | None = None
+    not_pooled: tuple[str, ...] = ()
 
     @property
     def accuracy(self) -> str:
@@ -113,6 +117,7 @@ def read_table(path: str | Path) -> Table:
     for row in rows.values():
         if judge == "heldout" and row.options.get("holdout", OPTIONS["holdout"].default) == 0:
             raise UserError(f"{row.where}: judge heldout needs held-out images, holdout is 0")
+    apart, pairs = (_expect(list, parts.get(key, []), f"{path}: {key}") for key in ("not_pooled", "compare"))
     return Table(
         path=path,
         title=_expect(str, parts["title"], f"{path}: title"),
@@ -120,13 +125,11 @@ def read_table(path: str | Path) -> Table:
         seeds=_read_seeds(parts["seeds"], f"{path}: seeds"),
         rows=rows,
         dense=_read_partners(parts["dense"], rows, f"{path}: dense"),
-        compare=tuple(
-            _read_pair(pair, rows, f"{path}: compare")
-            for pair in _expect(list, parts.get("compare", []), f"{path}: compare")
-        ),
+        compare=tuple(_read_pair(pair, rows, f"{path}: compare") for pair in pairs),
         judge=judge,
         seconds_of=_read_partners(parts["seconds_of"], rows, f"{path}: seconds_of") if "seconds_of" in parts else {},
         primary=_read_pair(parts["primary"], rows, f"{path}: primary") if "primary" in parts else None,
+        not_pooled=tuple(row_name(row, rows, f"{path}: not_pooled") for row in apart),
     )
 
 

@@ -189,6 +189,7 @@ def test_recorded_runs_that_cannot_be_used_are_told(make, capsys):
             "pretrained {run_of: dense} (table.yaml, row 'half') cannot be used",
         ),
         ("epochs: 4", "pretrained: {run_of: dense}", "pretrained must be a single value (table.yaml, base)"),
+        ("[[half, same cost]]", "[]\nnot_pooled: [haf]", "not_pooled names 'haf'"),
         ("[[half, same cost]]", "[]\nprimary: [half]", "a pair of table.yaml: primary must be two different rows"),
         (
             "[[half, same cost]]",

@@ -1,14 +1,15 @@
 """What a table says of its runs: means, intervals, differences, costs."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.tools.stand_in import report
+from tests.tools.stand_in import TABLE, report
 from tools.table_figures import T_95, Results, interval
 from tools.table_record import Run
-from tools.table_report import compared, line_of
+from tools.table_report import compared, line_of, markdown
 from tools.tables import Row, Table
 
 # ---- the report ----
@@ -65,16 +66,14 @@ def test_the_report_tells_means_differences_and_where_they_come_from(make):
         "- half - same cost: +2.5 points (95 % interval +2.4 to +2.6, 2 seeds; by the pooled sd -1.4 to +6.4), "
         "inference FLOPs 25.0 % against 6.3 %."
     )
-    assert (
-        "Pooled sd: that of the 3 rows with at least two seeds together, 1.23 points with 3 degrees of freedom" in text
-    )
+    assert "Pooled sd: that of the 3 rows with at least two seeds together, 1.23 points, degrees of freedom: 3;" in text
     assert "45 % of its square comes from same cost." in text
     assert "The table makes 1 comparison." in text
     assert sentence in text
 
 
-def by_hand(**numbers: dict[int, dict]) -> Results:
-    """Results of runs that are made up: numbers by row and seed. The dense row is "dense"."""
+def by_hand(*, table: dict | None = None, **numbers: dict[int, dict]) -> Results:
+    """Results of runs that are made up: numbers by row and seed, compared with "dense"; `table` adds to the table."""
 
     def made(row: str, seed: int, facts: dict) -> Run:
         usual = {"test_top1": 50.0, "flops_ratio": 0.5, "params_kept": 0.5, "train_flops_ratio": 1.0}
@@ -82,9 +81,9 @@ def by_hand(**numbers: dict[int, dict]) -> Results:
         return Run(row, seed, f"hash of {row}", False, "2026-01-01", 0, facts, {})
 
     rows = {row: Row(row, {}, row) for row in numbers}
-    table = Table(Path("x.yaml"), "x", "", (0, 1, 2, 3), rows, dict.fromkeys(rows, "dense"))
+    made_up = Table(Path("x.yaml"), "x", "", (0, 1, 2, 3), rows, dict.fromkeys(rows, "dense"), **(table or {}))
     runs = {row: {seed: made(row, seed, facts) for seed, facts in by_seed.items()} for row, by_seed in numbers.items()}
-    return Results(table, runs, {row: [] for row in rows})
+    return Results(made_up, runs, {row: [] for row in rows})
 
 
 def test_means_are_over_all_seeds_and_differences_over_common_ones():
@@ -94,6 +93,11 @@ def test_means_are_over_all_seeds_and_differences_over_common_ones():
     assert line["_top1"] == 50
     assert line["_top1_sd"] == pytest.approx(math.sqrt((10**2 + 20**2 + 30**2) / 2))  # n - 1
     assert line["_top1_minus_dense"] == -20  # the mean of -30 and -10
+    assert line["minus_dense_seeds"] == "0 1"
+    text = markdown(results, [line_of(results, row) for row in top1])
+    assert "| half | 50.00 | 26.46 | -20.00 (seeds 0 1) | 50.0 % |" in text
+    assert "| dense | 60.00 | 43.59 | +0.00 | 50.0 % |" in text
+    assert "| none | 1.00 | - | not run yet | 50.0 % |" in text
     assert line["seeds"] == "0 1 2"
     # -20 -+ 12.7062 * sqrt(200) / sqrt(2)
     assert "half - dense: -20.0 points (95 % interval -147.1 to +107.1, 2 seeds;" in compared(results, "half", "dense")
@@ -158,3 +162,84 @@ def test_a_reading_by_hand_survives(make):
         text = Path("results/table.md").read_text()
         assert text.endswith("\nWhat a person has to say.\n")
     assert text.count("What a person has to say.") == 1
+
+
+# ---- the spread of all rows ----
+
+
+def test_the_pooled_spread_is_over_all_rows_with_two_seeds_by_their_degrees_of_freedom():
+    top1 = {"dense": [90.0, 92.0], "half": [80.0, 83.0, 86.0], "once": [10.0]}
+    results = by_hand(**{row: {seed: {"test_top1": v} for seed, v in enumerate(of)} for row, of in top1.items()})
+    pooled = results.pooled()
+    assert pooled.sd == pytest.approx(math.sqrt((2 + 18) / 3))  # sums of squares 2 and 18, 1 and 2 degrees
+    assert (pooled.freedom, pooled.num_rows, pooled.widest, pooled.part) == (3, 2, "half", 0.9)
+    half = 3.182446 * pooled.sd
+    assert pooled.half_width(3) == pytest.approx(half * math.sqrt(1 / 3))
+    assert pooled.half_width(3, num_rows=2) == pytest.approx(half * math.sqrt(2 / 3))
+    # -9.5 by seeds 0 and 1; a single seed has this interval alone
+    assert "(95 % interval -15.9 to -3.1, 2 seeds; by the pooled sd -17.7 to -1.3)" in compared(
+        results, "half", "dense"
+    )
+    assert "(no interval of its own, 1 seed; by the pooled sd -91.6 to -68.4)" in compared(results, "once", "dense")
+    apart = replace(results, table=replace(results.table, not_pooled=("half",)))
+    assert (apart.pooled().sd, apart.pooled().freedom) == (pytest.approx(math.sqrt(2)), 1)
+    assert "(95 % interval -15.9 to -3.1, 2 seeds), inference" in compared(apart, "half", "dense")
+    assert "together without half, 1.41 points, degrees of freedom: 1;" in markdown(apart, [])
+    assert by_hand(dense={0: {}}, half={0: {}, 1: {}}).pooled() is None  # both seeds came to the same
+
+
+# ---- what the table was made for ----
+
+
+def test_the_primary_pair_is_told_first_and_once():
+    runs = {row: {0: {}, 1: {}} for row in ("dense", "half", "quarter")}
+    pairs = (("half", "dense"), ("quarter", "half"))
+    results = by_hand(table={"compare": pairs, "primary": pairs[1]}, **runs)
+    text = markdown(results, [line_of(results, row) for row in runs])
+    assert "The table makes 2 comparisons, and their number widens no interval." in text
+    first = "The primary comparison, chosen before the first run:\n\n- quarter - half: "
+    assert text.index("## Reading") < text.index(first) < text.index("The others:\n\n- half - dense: ")
+    assert text.count("quarter - half") == 1
+    alone = markdown(by_hand(table={"primary": pairs[1]}, **runs), [])
+    assert "The table makes 1 comparison." in alone
+    assert "The others" not in alone
+    assert "primary" not in markdown(by_hand(table={"compare": pairs}, **runs), [])
+
+
+# ---- processor seconds ----
+
+
+def test_processor_seconds_are_a_mean_and_a_ratio_over_common_seeds_of_one_machine():
+    def ran(seconds: float, cpu: str = "Abacus") -> dict:
+        return {"train_cpu_seconds": seconds, "cpu": cpu}
+
+    thin = {0: ran(100.0), 1: ran(300.0), 2: ran(1.0, "Slide rule")}
+    half = {0: ran(90.0), 1: ran(250.0), 2: ran(500.0), 3: ran(7.0)}
+    runs = {"dense": {0: {}, 1: ran(1000.0)}, "thin": thin, "half": half}
+    results = by_hand(table={"seconds_of": dict.fromkeys(runs, "thin")}, **runs)
+    line = line_of(results, "half")
+    assert line["train_cpu_seconds"] == pytest.approx((90 + 250 + 500 + 7) / 4)
+    assert line["train_cpu_seconds_ratio"] == pytest.approx((90 + 250) / (100 + 300))
+    assert line_of(results, "dense")["train_cpu_seconds"] == 1000  # of the seed that has them
+    text = markdown(results, [line_of(results, row) for row in runs])
+    assert "| training FLOPs to dense | processor seconds | processor seconds to thin | seeds |" in text
+    assert "| 212 | 85.0 % | 0 1 2 3 |" in text
+    assert "training seconds to dense" not in text  # nothing was timed
+    assert "Processor seconds to thin: over the seeds that both rows ran on machines of one kind." in text
+
+
+def test_runs_of_older_versions_have_no_processor_seconds_and_stay_readable(make, monkeypatch):
+    table = TABLE.replace("dense: dense\nrows", "dense: dense\nseconds_of: half\nrows")
+    assert make("--seeds", "0", table=table) == 0
+    assert "processor seconds" not in Path("results/table.md").read_text().lower()
+    monkeypatch.setenv("TEST_CPU_SECONDS", "100")
+    assert make(table=table) == 0
+    told = [(row["train_cpu_seconds"], row["train_cpu_seconds_ratio"]) for row in report()]
+    for _ in range(2):  # those of seed 1: 100 times what is kept, and 1
+        ratios = [float(ratio) for _, ratio in told]
+        assert [float(seconds) for seconds, _ in told] == pytest.approx([101, 51, 100 * (0.25 + 1 / 1024) + 1])
+        assert ratios == pytest.approx([101 / 51, 1, (100 * (0.25 + 1 / 1024) + 1) / 51])
+        if Path("runs").exists():
+            Path("runs").rename("far away")
+        assert make("--only-report", table=table) == 0
+        assert [(row["train_cpu_seconds"], row["train_cpu_seconds_ratio"]) for row in report()] == told
