@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import NoReturn
 
 import torch
@@ -42,6 +44,25 @@ def exit_code_of(run: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def import_with_matplotlib(module: str, what: str, instead: str = "") -> ModuleType:
+    """A module that draws.
+
+    Args:
+        what: what it draws, for the message.
+        instead: what can be done without it.
+    Raises: UserError without matplotlib, which only pictures need.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise UserError(
+            f"{what} needs matplotlib, which is not installed; install it with "
+            f"`python -m pip install -r requirements-extra.txt`{instead}"
+        ) from None
 
 
 def headline(device: torch.device) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from tools.command_line import ToolParser, aligned, exit_code_of
+from tools.command_line import ToolParser, aligned, exit_code_of, import_with_matplotlib
 from tools.report_page import Picture, element, gallery, page, percent, run_section, table
 from tools.run_facts import RunFacts
 from tools.run_files import by_cost, comparison_notes, dense_twin, differing_options, read_runs
@@ -89,16 +89,8 @@ def text_report(runs: Sequence[RunFacts], times: Sequence[StepTimes | str | None
 
 def figures_module() -> ModuleType:
     """Raises: UserError without matplotlib, which only the pictures need."""
-    try:
-        from tools import report_figures
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        raise UserError(
-            "the pictures of a report need matplotlib, which is not installed; install it with "
-            "`python -m pip install -r requirements-extra.txt`, or pass --table for a report without pictures"
-        ) from None
-    return report_figures
+    instead = ", or pass --table for a report without pictures"
+    return import_with_matplotlib("tools.report_figures", "a report with pictures", instead)
 
 
 def run_pictures(
