@@ -60,7 +60,7 @@ def filled_in(word: str, place: Path) -> str:
     if word.startswith("runs/"):
         return str(folder)
     stand_ins = {
-        r"TABLE\.yaml": str(PROJECT / "configs/tables/small.yaml"),
+        r"TABLE\.yaml": str(PROJECT / "configs/tables/cifar.yaml"),
         r"FILE\.yaml": str(PROJECT / "configs/quickstart.yaml"),
         r"IMAGE\d?(\.\w+)?|my_\w+\.(png|jpe?g)": str(image),
         r"RUN\d?|DIR|FOLDER|PATH|EXPORT|my_\w+": str(folder),

@@ -52,7 +52,7 @@ def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
         "runs: into results/ for a table in configs/tables/ of this repository, and next to any other table. The "
         "report includes recorded runs whose folders are elsewhere.",
     )
-    parser.add_argument("table", metavar="TABLE.yaml", help="the table, such as configs/tables/small.yaml")
+    parser.add_argument("table", metavar="TABLE.yaml", help="the table, such as configs/tables/cifar.yaml")
     parser.add_argument("--runs", type=Path, metavar="PATH", help="folder of its runs (default: runs/tables/NAME)")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs side by side (default: 1)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="make only runs of these rows, and what they wait for")

@@ -24,7 +24,12 @@ from statistics import fmean, stdev
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), *sorted(PROJECT.glob("results/*.reading.md"))]
+PAGES = [
+    PROJECT / "README.md",
+    *sorted((PROJECT / "docs").glob("*.md")),
+    *sorted(PROJECT.glob("results/**/*.reading.md")),
+    PROJECT / "results/archive/README.md",
+]
 
 COMMENT = re.compile(r"(?P<figure>[+-]?\d+\.\d+)<!-- (?P<rows>\w+(?: by \w+)?: [^>]*?) -->")
 INTERVAL = re.compile(r"([+-]\d+\.\d+)\s+to\s+([+-]\d+\.\d+)")
@@ -70,11 +75,14 @@ def differences(rows: str, results: Path = PROJECT / "results") -> list[float]:
     for part in rows.split(" and "):
         table, pair = part.split(": ", 1)
         name, _, judge = table.partition(" by ")
-        with open(results / f"{name}.csv", newline="") as file:
+        [page] = results.rglob(f"{name}.csv")  # here or in the archive
+        with open(page, newline="") as file:
             lines = list(csv.DictReader(file))
         hashes = {line["row"]: line["config_hash"].split() for line in lines}
         judge = judge or ("test" if "test_top1" in lines[0] else "heldout")
-        runs = sorted(json.loads((results / f"{name}.runs.json").read_text())["runs"], key=lambda run: run["started"])
+        runs = sorted(
+            json.loads(page.with_name(f"{name}.runs.json").read_text())["runs"], key=lambda run: run["started"]
+        )
         one, other = (
             {run["seed"]: run[f"{judge}_top1"] for run in runs if run["row"] == row and run["config"] in hashes[row]}
             for row in pair.split(" - ")

@@ -316,7 +316,7 @@ def test_a_real_run_is_found_by_its_own_config(tmp_path, monkeypatch, tiny_image
     assert reproduce.main(["one.yaml"], program=["false"]) == 0  # nothing is left to run
 
 
-@pytest.mark.parametrize("path", sorted((PROJECT / "configs/tables").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((PROJECT / "configs/tables").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_the_tables_of_the_project_are_valid(path):
     table = read_table(path)
     assert table.judge == "heldout" or len(table.seeds) >= 3
