@@ -215,6 +215,13 @@ class ModelConfig:
         metavar="PATH",
         common=True,
     )
+    widths_of: str | None = option(
+        None,
+        "a run folder or a best.pt: the thin network has the channels that the subnet of this run kept, and weights of "
+        "its own; keep_ratio and budget must be those of that run",
+        metavar="PATH",
+        read_by=("thin",),
+    )
 
 
 @dataclass(frozen=True)
@@ -558,6 +565,11 @@ class Config:
     def shrinks(self) -> bool:
         """Whether units leave the parameters: an exact saving that only compact execution can make."""
         return self.sparsity.shrink and self.sparsity.execution == "compact" and self.method != "released"
+
+    @property
+    def widths_of(self) -> str | None:
+        """The run whose kept channels are trained from fresh weights, if there is one."""
+        return self.model.widths_of if self.method == "thin" else None
 
     @property
     def independent_masks(self) -> bool:

@@ -13,7 +13,7 @@ from functools import partial
 from torch import nn
 
 from models.mobilenet import BLOCKS, STEM_WIDTH, MobileNetV1
-from models.pretrained import SubnetOfRun, find_subnet, load_pretrained, take_over
+from models.pretrained import SubnetOfRun, find_choice, find_subnet, load_pretrained, take_over
 from models.resnet_cifar import ResNetCifar
 from models.resnet_imagenet import BasicBlock, Bottleneck, ResNet
 from models.vgg import HIDDEN_WIDTH, POOL, VGG, VGGImageNet, vgg_plan
@@ -24,6 +24,7 @@ __all__ = [
     "MODELS",
     "SubnetOfRun",
     "build_model",
+    "find_choice",
     "find_subnet",
     "initialise",
     "load_pretrained",

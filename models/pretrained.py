@@ -16,6 +16,7 @@ from utils.errors import UserError
 from utils.run.folder import BEST, LAST, no_result_yet, resolve_run
 from utils.run.progress import announce
 
+PRETRAINED, WIDTHS_OF = "--pretrained", "--widths-of"  # the options that name a source
 TRAINED_LIKE_THIS = "use the arch, width_mult, set and image size they were trained with"
 
 
@@ -26,13 +27,15 @@ class SubnetOfRun:
     Attributes:
         source: the file.
         state: its content.
+        option: the one that named it.
     """
 
     source: str
     state: dict[str, Any]
+    option: str = PRETRAINED
 
     def refuse(self, reason: str) -> NoReturn:
-        _refuse(self.source, reason)
+        _refuse(self.source, reason, self.option)
 
 
 def find_subnet(source: str) -> SubnetOfRun | None:
@@ -64,6 +67,32 @@ def find_subnet(source: str) -> SubnetOfRun | None:
             "its checkpoints/best.pt",
         )
     return SubnetOfRun(path, state)
+
+
+def find_choice(source: str) -> SubnetOfRun:
+    """The subnet that a run chose, for `--widths-of`, which takes no weights of it.
+
+    Args:
+        source: as that of `find_subnet`.
+    Raises: UserError if there is no such file, it cannot be read, or it holds no subnet that another network can have.
+    """
+    if not os.path.exists(source):
+        _refuse(source, "does not exist; pass a run folder or its checkpoints/best.pt", WIDTHS_OF)
+    path = _file_of(source, WIDTHS_OF)
+    state = _read(path, WIDTHS_OF)
+    if not isinstance(state, dict) or not {"config", "stored_units"} <= state.keys():
+        _refuse(path, "it is no checkpoint of a run; pass a run folder or its checkpoints/best.pt", WIDTHS_OF)
+    method = state["config"].get("method")
+    if method in ("dense", "released"):
+        why = "keeps all channels that it starts with" if method == "dense" else "computes its dropped channels too"
+        _refuse(path, f"method {method} {why}; pass a run of another method", WIDTHS_OF)
+    if "weight_optimizer" in state or state.get("subnet") is None:
+        _refuse(
+            path,
+            "it holds a run to go on with, and not its result; pass the run folder or its checkpoints/best.pt",
+            WIDTHS_OF,
+        )
+    return SubnetOfRun(path, state, WIDTHS_OF)
 
 
 def load_pretrained(model: nn.Module, source: str) -> None:
@@ -98,26 +127,26 @@ def take_over(model: nn.Module, state: Mapping[str, Tensor], source: str, hint: 
     model.load_state_dict({k: v for k, v in _comparable(state).items() if k not in left_out}, strict=False)
 
 
-def _refuse(source: str, reason: str) -> NoReturn:
-    raise UserError(f"--pretrained {source}: {reason}")
+def _refuse(source: str, reason: str, option: str = PRETRAINED) -> NoReturn:
+    raise UserError(f"{option} {source}: {reason}")
 
 
-def _file_of(source: str) -> str:
+def _file_of(source: str, option: str = PRETRAINED) -> str:
     """A run folder means its result."""
     if not os.path.isdir(source):
         return source
     folder, file = resolve_run(source, (BEST, LAST))
     if file.name == LAST:
-        _refuse(source, no_result_yet(folder))
+        _refuse(source, no_result_yet(folder), option)
     return str(file)
 
 
-def _read(path: str) -> Any:
+def _read(path: str, option: str = PRETRAINED) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has a different exception for each kind of damage
         raise UserError(
-            f"--pretrained {path}: not a readable checkpoint or state dict ({type(error).__name__}); "
+            f"{option} {path}: not a readable checkpoint or state dict ({type(error).__name__}); "
             "pass a file written by this project or by torch.save(model.state_dict(), path)"
         ) from error
 

@@ -87,7 +87,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     if not make_method(config).has_scores:
         raise UserError(f"method {config.method} has no scores to draw masks from; pass --method vrpge")
     check_settled(config, "the bench")
-    return settings, replace(config, model=replace(config.model, pretrained=None))
+    return settings, replace(config, model=replace(config.model, pretrained=None, widths_of=None))
 
 
 def changed(config: Config, **options: object) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from data import DataSplits
 from models import (
     SubnetOfRun,
     build_model,
+    find_choice,
     find_subnet,
     initialise,
     load_pretrained,
@@ -40,6 +41,7 @@ from utils.seeds import MASK_STREAM, stream_generator
 
 LAYOUT = ("first_layer_dense", "last_layer_dense", "residual_masks")  # decide which units there are
 SAME_AS_START = ("arch", "width_mult", *LAYOUT)
+SAME_AS_FOUND = (*SAME_AS_START, "budget", "keep_ratio")
 
 
 def make_network(
@@ -118,15 +120,57 @@ def start_from_subnet(network: SparseNetwork, start: SubnetOfRun, config: Config
     announce(f"starting from the subnet of {start.source}: {mask_U.sum()} of {network.num_units} units")
 
 
-def with_layout_of_start(config: Config) -> Config:
-    """The configuration with what decides which units there are, for a dense run that starts from a subnet.
+def check_same(start: SubnetOfRun, config: Config, keys: Iterable[str]) -> None:
+    """Raises UserError for an option that has another value than in the run that a subnet is from."""
+    for key in keys:
+        mine, theirs = config_to_dict(config)[key], start.state["config"].get(key, OPTIONS[key].default)
+        if mine != theirs:
+            start.refuse(
+                f"it was trained with {key} {worded(theirs)}, not {worded(mine)}; pass {flag_of(key)} {worded(theirs)}"
+            )
 
-    Dense training reads none of these options otherwise.
+
+def cut_to_found_widths(
+    network: SparseNetwork, config: Config, data: DataSplits, stored: Mapping[str, Any] | None
+) -> None:
+    """Cuts a fresh network down to the units that the run of `widths_of` kept. Of its weights nothing is taken over.
+
+    Args:
+        stored: a checkpoint of the new run, which knows its units itself, so that it needs that run no more.
+    Raises: UserError for the subnet of another network, of another budget, or for images that make its costs others.
     """
-    start = find_subnet(config.model.pretrained) if config.method == "dense" and config.model.pretrained else None
+    if stored is not None:
+        shrink_to(network, stored["stored_units"].numpy(), keep_fallback=False)
+        return
+    found = find_choice(config.widths_of)
+    check_same(found, config, SAME_AS_FOUND)
+    mine = {"image_size": data.image_size, "channels": data.channels, "classes": data.num_classes}
+    if images := found.state.get("images"):  # an older checkpoint does not know them
+        theirs = images | {"classes": len(images["class_names"])}
+        differing = [f"{key} {theirs[key]} instead of {value}" for key, value in mine.items() if theirs[key] != value]
+        if differing:
+            found.refuse(f"it was trained on images of another kind, with {', '.join(differing)}; use the same kind")
+    mask_U = found.state["subnet"]["mask"].numpy()
+    if len(mask_U) != network.num_units:
+        found.refuse(f"it has {len(mask_U)} units, and this network {network.num_units}; use the same images")
+    shrink_to(network, mask_U, keep_fallback=False)
+    announce(f"widths of {found.source}: {mask_U.sum()} of {network.num_units} units, with new weights")
+
+
+def with_layout_of_start(config: Config) -> Config:
+    """The configuration with what decides which units there are, for a run that starts from the subnet of another.
+
+    It takes the options that its method does not read otherwise: all of them for dense training, and for a thin network
+    of the widths of another run `residual_masks`.
+    """
+    start, keys = None, LAYOUT
+    if config.method == "dense" and config.model.pretrained:
+        start = find_subnet(config.model.pretrained)
+    elif config.widths_of is not None:
+        start, keys = find_choice(config.widths_of), ("residual_masks",)
     if start is None:
         return config
-    theirs = {key: start.state["config"].get(key, OPTIONS[key].default) for key in LAYOUT}
+    theirs = {key: start.state["config"].get(key, OPTIONS[key].default) for key in keys}
     return config_from_dict({**config_to_dict(config), **theirs}, start.source)
 
 
@@ -163,6 +207,8 @@ def new_run(
     Raises: UserError for a network or a budget that does not suit the method.
     """
     network = make_network(config, data, device, stored)
+    if config.widths_of is not None:
+        cut_to_found_widths(network, config, data, stored)
     spends = config.sparsity.spend_budget and config.method != "released"
     budget = Budget(network, config.sparsity.budget, config.sparsity.constrain_by_layer, spends)
     method, start_share = make_method(config), 1.0

@@ -28,7 +28,16 @@ class Dense(Method):
 
 
 class Thin(Method):
-    """Every layer keeps its first channels, equally many in a residual stream: an ordinary narrower network."""
+    """Every layer keeps its first channels, equally many in a residual stream: an ordinary narrower network.
+
+    With `--widths-of RUN` the network is the subnet of that run, its very units, with weights drawn anew. Every layer
+    has as many channels as there, and as many FLOPs. Where layers are added, the number of channels that each of them
+    keeps does not say how many the next layer reads, because a channel is read if any of them keeps it. So it matters
+    which ones they keep, and they keep those that they keep in the run.
+
+    Source of training a found network from new weights: Liu, Sun, Zhou, Huang, Darrell, "Rethinking the Value of
+        Network Pruning", ICLR 2019.
+    """
 
     first_phase: ClassVar[str] = "train"
 
@@ -39,6 +48,8 @@ class Thin(Method):
         return mask_U
 
     def first_mask(self, network: SparseNetwork, budget: Budget) -> np.ndarray:
+        if self.config.widths_of is not None:
+            return network.stored_units.copy()  # nothing else is in the network that the method is given
         return uniform_mask(network, np.zeros(network.num_units), self.config)
 
 
