@@ -16,7 +16,9 @@ from utils.choices import (
     DRAWN,
     ESTIMATED,
     ESTIMATORS,
+    FALLING,
     GATE_ESTIMATORS,
+    GRADUAL,
     MASKED,
     METHODS,
     SCORED,
@@ -266,7 +268,7 @@ class SparsityConfig:
         "raw", "tangent leaves out the part that would exceed the budget", choices=("raw", "tangent"), read_by=ESTIMATED
     )
     constrain_by_layer: bool = option(
-        False, "a budget per layer instead of one for all", read_by=(*SCORED, "random", "slimming")
+        False, "a budget per layer instead of one for all", read_by=(*SCORED, "random", "slimming", "taylor_cut")
     )
     execution: str = option(
         "compact",
@@ -299,9 +301,10 @@ class SparsityConfig:
     )
     budget_schedule: str = option(
         "constant",
-        "constant: keep_ratio holds from the first step; cubic: the budget falls to it from 1",
+        "constant: keep_ratio holds from the first step, and pruning methods prune once, at the end; cubic: the budget "
+        "falls to it from 1, and they prune after every epoch",
         choices=("constant", "cubic"),
-        read_by=SCORED,
+        read_by=FALLING,
     )
     budget_top: float = option(
         1.0,
@@ -316,7 +319,7 @@ class SparsityConfig:
         "start of the fall of the budget, as a fraction of the search",
         within="[0, 1]",
         hint=NOT_A_PERCENTAGE,
-        read_by=SCORED,
+        read_by=FALLING,
         needs=CUBIC,
     )
     budget_end: float = option(
@@ -324,7 +327,7 @@ class SparsityConfig:
         "end of the fall of the budget, as a fraction of the search",
         within="[0, 1]",
         hint=NOT_A_PERCENTAGE,
-        read_by=SCORED,
+        read_by=FALLING,
         needs=CUBIC,
     )
     spend_budget: bool = option(
@@ -367,6 +370,12 @@ class SparsityConfig:
             "leave it out",
         ),
         Rule(
+            lambda s: s.method in GRADUAL and s.budget_schedule == "cubic" and not s.cuts,
+            "{method} with {budget_schedule} takes units out of the network while the budget falls, which needs "
+            "compact execution and shrink; leave --execution masked and --no-shrink out, or pass --budget-schedule "
+            "constant",
+        ),
+        Rule(
             lambda s: s.budget_start >= s.budget_end,
             "{budget_start} must be below {budget_end}: the budget falls between them",
         ),
@@ -385,6 +394,11 @@ class SparsityConfig:
             "keep_ratio, or --budget-schedule cubic",
         ),
     )
+
+    @property
+    def cuts(self) -> bool:
+        """Whether units may leave the parameters: an exact saving that only compact execution can make."""
+        return self.shrink and self.execution == "compact"
 
     @property
     def score_init(self) -> float:
@@ -563,8 +577,13 @@ class Config:
 
     @property
     def shrinks(self) -> bool:
-        """Whether units leave the parameters: an exact saving that only compact execution can make."""
-        return self.sparsity.shrink and self.sparsity.execution == "compact" and self.method != "released"
+        """Whether units leave the parameters."""
+        return self.sparsity.cuts and self.method != "released"
+
+    @property
+    def budget_falls(self) -> bool:
+        """Whether the budget falls to `keep_ratio` during the search."""
+        return self.sparsity.budget_schedule == "cubic" and self.method in FALLING
 
     @property
     def widths_of(self) -> str | None:

@@ -121,7 +121,7 @@ def put_scores_(run: RunState, scores: str, config: Config) -> None:
             part.copy_(values)
     if run.search.masks is not None:
         run.search.masks = draw_masks(run.search, config)
-    make_method(config).end_of_epoch(run)
+    make_method(config).end_of_epoch(run, config.sparsity.keep_ratio)
 
 
 def late_scores(sizes: Sequence[int], keep_ratio: float) -> Tensor:

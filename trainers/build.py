@@ -101,15 +101,10 @@ def start_from_subnet(network: SparseNetwork, start: SubnetOfRun, config: Config
     if config.method in ("gumbel", "released") or network.execution != "compact":
         what = f"method {config.method}" if config.method in ("gumbel", "released") else "masked execution"
         start.refuse(
-            f"{what} computes channels that the subnet does not have; pass --method vrpge, dense, l1, sfp or slimming "
-            "with compact execution, or a checkpoint of a run with --no-shrink, which holds all weights"
+            f"{what} computes channels that the subnet does not have; pass --method vrpge, dense, l1, sfp, slimming "
+            "or taylor_cut with compact execution, or a checkpoint of a run with --no-shrink, which holds all weights"
         )
-    for key in SAME_AS_START:
-        mine, theirs = config_to_dict(config)[key], start.state["config"].get(key, OPTIONS[key].default)
-        if mine != theirs:
-            start.refuse(
-                f"it was trained with {key} {worded(theirs)}, not {worded(mine)}; pass {flag_of(key)} {worded(theirs)}"
-            )
+    check_same(start, config, SAME_AS_START)
     stored_U, mask_U = start.state["stored_units"].numpy(), start.state["subnet"]["mask"].numpy()
     if len(stored_U) != network.num_units:
         start.refuse(f"it has {len(stored_U)} units, and this network {network.num_units}; use the same images")
@@ -251,12 +246,8 @@ def new_search(run: RunState, method: Method, config: Config) -> Search:
         search.masks = draw_masks(search, config)
     if search.estimator is not None and search.estimator.needs_gates:
         search.gate_reader = GateReader(network)
-        unreadable = int((~search.gate_reader.readable_U & network.stored_units).sum())
-        if search.estimator.biased and unreadable:  # there is nothing else to judge them by
-            raise UserError(
-                f"estimator {config.sparsity.estimator} cannot judge {unreadable} of {network.num_units} units of "
-                f"{config.model.arch}: no batch-norm of their own is behind them; pass another --estimator or --arch"
-            )
+        if search.estimator.biased:  # there is nothing else to judge units by
+            search.gate_reader.check_sees_all(f"estimator {config.sparsity.estimator}", config.model.arch)
     return search
 
 
@@ -326,6 +317,8 @@ def restore_run(run: RunState, state: Mapping[str, Any], config: Config) -> None
     run.decided = state.get("decided", False)
     run.top_U = None if state.get("top_units") is None else state["top_units"].numpy()
     run.choice, run.history = state["choice"], state["history"]
+    if state.get("importance") is not None:
+        run.importance = state["importance"].to(device)
     if state.get("average") is not None:
         run.average = {name: value.to(device) for name, value in state["average"].items()}
     if "score_history" in state:  # nor does it have these: the curves then start anew, at step 0

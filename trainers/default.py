@@ -190,13 +190,13 @@ def weight_step(
     labels: Tensor,
     now: StepSettings,
     config: Config,
-    penalise: Callable[[SparseNetwork], None] | None = None,
+    after_backward: Callable[[], None] | None = None,
 ) -> StepResult:
     """One ordinary training step of a fixed subnet, or of the whole network: of the channels of `run.plan`.
 
     Args:
         images, labels, now: as those of `train_step`.
-        penalise: adds the gradients of a penalty, before they are clipped.
+        after_backward: reads or changes the gradients, before they are clipped.
     Returns: metrics loss, top1, top5.
     """
     network, size = run.network, len(labels)
@@ -204,8 +204,8 @@ def weight_step(
         logits = network(images, run.plan)
     loss = F.cross_entropy(logits, labels, label_smoothing=config.train.label_smoothing)
     backward_(network, loss, size)
-    if penalise is not None:
-        penalise(network)
+    if after_backward is not None:
+        after_backward()
     clipped_step_(run.weight_optimizer, network.weight_parameters(), now.weight_lr, config.train.clip_norm)
     return StepResult.of(network, [run.plan], batch_sums(loss, logits, labels))
 

@@ -112,10 +112,9 @@ class Recipe:
         weight_lr = train.weight_lr * learning_rate_factor(train.lr_policy, now, span, warmup)
         if self.run.phase == "finetune":
             return StepSettings(weight_lr if config.one_curve else config.finetune.finetune_lr)
-        falling = self.method.has_scores and sparsity.budget_schedule == "cubic"
         fall = (sparsity.budget_start, sparsity.budget_end)
         keep_ratio = sparsity.keep_ratio
-        if falling:
+        if config.budget_falls:
             top = min(sparsity.budget_top, self.run.start_share)
             keep_ratio = falling_keep_ratio(now / total, keep_ratio, *fall, highest=top)
         return StepSettings(
@@ -186,12 +185,12 @@ class Recipe:
         seconds_before = run.seconds
         with self.timed("seconds"):
             if run.phase == "search":
-                self.method.end_of_epoch(run)
+                self.method.end_of_epoch(run, settings.keep_ratio)
                 self.judge_search(settings)
             subnet = self.current_subnet(settings.keep_ratio)
             heldout = self.evaluate_heldout(subnet)
             # while the budget falls, a state that still exceeds the final one is no candidate
-            allowed = run.search is None or settings.keep_ratio <= sparsity.keep_ratio + 1e-9
+            allowed = run.phase != "search" or settings.keep_ratio <= sparsity.keep_ratio + 1e-9
             is_best = allowed and (
                 run.best is None or not heldout or self.merit(heldout) > self.merit(run.best.heldout)
             )

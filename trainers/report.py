@@ -97,6 +97,8 @@ class Reporter:
         }
         if self.data.num_classes <= 5:
             values = {name: value for name, value in values.items() if name not in curves.TOP5}
+        if run.phase == "search" and self.config.budget_falls:
+            values["budget"] = settings.keep_ratio
         if run.search is not None:
             values |= curves.score_facts(network.scores)
             values |= {

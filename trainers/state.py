@@ -136,6 +136,8 @@ class RunState:
         history: one row for every finished epoch, the content of results.csv.
         average: with `--ema` the moving averages of weights and batch-norm statistics, by name, from the first step of
             a fixed network on. They are what is evaluated and stored as the result.
+        importance: (U,) what a method has learnt of the units in the steps of the epoch under way, or of the last one;
+            None for a method that learns nothing beside scores.
         score_history: the scores at the end of every epoch, the content of scores.npz.
     """
 
@@ -166,6 +168,7 @@ class RunState:
     choice: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     average: dict[str, Tensor] | None = None
+    importance: Tensor | None = None
     score_history: ScoreHistory = field(init=False)
 
     def __post_init__(self) -> None:
@@ -195,6 +198,8 @@ class RunState:
         """What is the same on all ranks, by name: weights, statistics, scores, state of the optimizers, masks."""
         tensors, optimizers = dict(self.network.model.state_dict()), [self.weight_optimizer]
         tensors |= {f"average of {name}": value for name, value in (self.average or {}).items()}
+        if self.importance is not None:
+            tensors["importance"] = self.importance
         if self.search is not None:
             optimizers.append(self.search.score_optimizer)
             if self.search.masks is not None:
@@ -280,6 +285,7 @@ class RunState:
             "choice": self.choice,
             "history": self.history,
             "average": self.average,
+            "importance": self.importance,
             "score_history": self.score_history.state_dict(),
             "search": None if self.search is None else _search_state(self.search),
         }

@@ -49,6 +49,9 @@ METHODS = {
     "l1": Choice("dense training, then pruning by the norms of the filters", "trainers.methods.pruning:FilterNorm"),
     "slimming": Choice("dense training, then pruning by batch-norm scales", "trainers.methods.pruning:Slimming"),
     "sfp": Choice("filters that are set to zero after each epoch, then pruned", "trainers.methods.pruning:SoftPruning"),
+    "taylor_cut": Choice(
+        "dense training, then pruning by the first-order effect", "trainers.methods.pruning:TaylorCut"
+    ),
     "gumbel": Choice("scores trained by backward passes through soft gates", "trainers.methods.gumbel:Gumbel"),
 }
 ESTIMATORS = {
@@ -68,6 +71,8 @@ TWO_PHASE = tuple(name for name in MASKED if name not in ("thin", "random"))  # 
 SCORED = ("vrpge", "released", "coin", "gumbel")  # train scores
 DRAWN = ("vrpge", "released", "coin")  # train them by masks that are drawn from them
 ESTIMATED = ("vrpge", "coin")  # and by an estimator that may be exchanged
+GRADUAL = ("l1", "slimming", "taylor_cut")  # prune once, or after every epoch while the budget falls
+FALLING = (*SCORED, *GRADUAL)  # have a budget that may fall
 
 
 def catalogue() -> str:

@@ -101,25 +101,29 @@ READ = {
     "released": "K alpha score_lr optimizer score_init_constant budget_schedule constrain_by_layer num_subnets "
     "bn_batches sample_from_training_set keep_ratio finetune_lr first_layer_dense",
     "dense": "arch init weight_lr momentum clip_norm holdout finetune finetune_epochs epochs pretrained",
-    "thin": "keep_ratio budget first_layer_dense last_layer_dense finetune_epochs execution",
+    "thin": "keep_ratio budget first_layer_dense last_layer_dense finetune_epochs execution widths_of",
     "random": "keep_ratio budget constrain_by_layer residual_masks finetune_epochs",
     "coin": "K alpha estimator score_every rank_masks score_lr",
-    "l1": "keep_ratio budget shrink residual_masks bn_batches finetune_lr finetune_policy finetune_batch_size",
-    "slimming": "slimming_penalty constrain_by_layer bn_batches finetune_lr shrink",
+    "l1": "keep_ratio budget shrink residual_masks bn_batches finetune_lr finetune_policy finetune_batch_size "
+    "budget_schedule",
+    "slimming": "slimming_penalty constrain_by_layer bn_batches finetune_lr shrink budget_schedule",
+    "taylor_cut": "keep_ratio budget shrink residual_masks constrain_by_layer bn_batches finetune_lr budget_schedule",
     "sfp": "keep_ratio bn_batches finetune_batch_size execution",
     "gumbel": "score_lr optimizer score_init_constant budget_schedule constrain_by_layer num_subnets shrink",
 }
 NOT_READ = {
-    "vrpge": "slimming_penalty",
+    "vrpge": "slimming_penalty widths_of",
     "released": "estimator score_gradient execution shrink residual_masks score_every rank_masks slimming_penalty",
     "dense": "keep_ratio budget score_lr optimizer execution shrink residual_masks bn_batches finetune_lr num_subnets "
-    "first_layer_dense last_layer_dense finetune_policy finetune_batch_size sample_from_training_set slimming_penalty",
+    "first_layer_dense last_layer_dense finetune_policy finetune_batch_size sample_from_training_set slimming_penalty "
+    "widths_of",
     "thin": "K alpha score_lr optimizer constrain_by_layer residual_masks shrink bn_batches budget_schedule",
-    "random": "K score_lr shrink bn_batches finetune_lr num_subnets score_init_constant finetune_policy",
+    "random": "K score_lr shrink bn_batches finetune_lr num_subnets score_init_constant finetune_policy widths_of",
     "coin": "slimming_penalty",
     "l1": "K score_lr optimizer constrain_by_layer num_subnets score_init_constant slimming_penalty",
-    "slimming": "K alpha estimator score_lr num_subnets sample_from_training_set budget_schedule",
-    "sfp": "constrain_by_layer slimming_penalty score_lr",
+    "slimming": "K alpha estimator score_lr num_subnets sample_from_training_set",
+    "taylor_cut": "K alpha estimator score_lr num_subnets sample_from_training_set slimming_penalty widths_of",
+    "sfp": "constrain_by_layer slimming_penalty score_lr budget_schedule",
     "gumbel": "K alpha estimator score_gradient score_every rank_masks slimming_penalty",
 }
 
@@ -192,6 +196,9 @@ def test_the_choice_of_a_subnet_needs_no_finetuning():
         ("--method thin --execution masked", "method thin (command line) needs compact execution"),
         ("--method random --pretrained w.pt", "pretrained w.pt (command line) cannot be used"),
         ("--budget-schedule cubic --budget-start 0.4", "budget_start 0.4 (command line) must be below budget_end 0.4"),
+        ("--method l1 --budget-schedule cubic --no-shrink", "method l1 (command line) with budget_schedule cubic"),
+        ("--method taylor_cut --budget-schedule cubic --execution masked", "which needs compact execution and shrink"),
+        ("--method thin --widths-of a --pretrained b", "pretrained b (command line) cannot be used"),
         ("--constrain-by-layer --budget flops", "needs budget channels, got budget flops (command line)"),
         ("--score-init-constant 0.6", "score_init_constant 0.6 (command line) is above keep_ratio 0.5 (default)"),
         ("--epochs 5 --warmup-length 5", "warmup_length 5 (command line) must be below epochs 5 (command line)"),
@@ -220,6 +227,8 @@ def test_contradictions_are_refused(command_line, message):
         "--method released --budget-schedule cubic --K 3",
         "--evaluate --resume",
         "--method thin --no-finetune --ema 0.9",
+        "--method slimming --no-shrink",
+        "--method taylor_cut --budget-schedule cubic --budget-end 1",
         "--mixup 0.2 --cutmix 1 --rand-augment 2 --ema 0.999",
     ],
 )

@@ -29,7 +29,7 @@ SOURCES = {  # units of the first have left after its choice only, those of the 
     "thin": {"method": "thin"},
     "random": {"method": "random", "seed": 3},
 }
-FROM_SUBNET = ["dense", "vrpge", "coin", "l1", "sfp", "slimming"]
+FROM_SUBNET = ["dense", "vrpge", "coin", "l1", "sfp", "slimming", "taylor_cut"]
 
 
 @pytest.fixture(scope="module")

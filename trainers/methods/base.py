@@ -5,7 +5,7 @@ Legend: U maskable units of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -46,17 +46,21 @@ class Method:
 
     def step(self, run: RunState, images: Tensor, labels: Tensor, now: StepSettings) -> StepResult:
         """One step of the first phase."""
-        return weight_step(run, images, labels, now, self.config, self.penalty())
+        return weight_step(run, images, labels, now, self.config, partial(self.after_backward, run))
 
-    def penalty(self) -> Callable[[SparseNetwork], None] | None:
-        """What adds to the gradients of the weights, if anything does."""
+    def after_backward(self, run: RunState) -> None:
+        """Reads or changes the gradients of an ordinary step, before they are clipped."""
 
     def wrapped(self, estimator: Estimator, device: torch.device) -> Estimator:
         """The estimator that the method uses in place of the given one."""
         return estimator
 
-    def end_of_epoch(self, run: RunState) -> None:
-        """What happens to the network between two epochs of a search, before it is evaluated."""
+    def end_of_epoch(self, run: RunState, keep_ratio: float) -> None:
+        """What happens to the network between two epochs of a search, before it is evaluated.
+
+        Args:
+            keep_ratio: the budget of the last step.
+        """
 
     def mask(self, run: RunState, keep_ratio: float) -> np.ndarray:
         """The units that a search would keep now: (U,) bool."""

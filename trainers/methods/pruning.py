@@ -1,25 +1,43 @@
-"""Methods that train the dense network, prune it once and fine-tune what is left."""
+"""Methods that train the dense network, prune it, at once or little by little, and fine-tune what is left.
+
+Legend: U maskable units of the network.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from args import Config
 from trainers.methods.base import Method, check_budget
 from trainers.methods.uniform import uniform_mask
 from trainers.state import RunState
 from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
-from utils.channels.norms import NormBehind, norms_behind, stored_places
+from utils.channels.norms import GateReader, NormBehind, norms_behind, stored_places
+from utils.channels.shrink import shrink_to
 from utils.errors import UserError
 
 
-class FilterNorm(Method):
+class Pruning(Method):
+    """Cuts the network once, when the first phase ends.
+
+    Where the budget falls, the units that exceed the budget of the moment also leave the network after every epoch, for
+    good, so that the epochs get cheaper.
+
+    Source: Zhu and Gupta, "To prune, or not to prune", 2017, for the falling budget, there on single weights.
+    """
+
+    def end_of_epoch(self, run: RunState, keep_ratio: float) -> None:
+        if self.config.budget_falls:
+            shrink_to(run.network, self.mask(run, keep_ratio), run.weight_optimizer, keep_fallback=False)
+            run.plan = run.network.plan(run.network.stored_units)
+
+
+class FilterNorm(Pruning):
     """Keeps the filters of largest norm in each layer, the same fraction everywhere.
 
     Source: Li, Kadav, Durdanovic, Samet, Graf, "Pruning Filters for Efficient ConvNets", ICLR 2017 (power 1).
@@ -28,10 +46,12 @@ class FilterNorm(Method):
     power: ClassVar[int] = 1
 
     def start(self, network: SparseNetwork, budget: Budget) -> None:
-        uniform_mask(network, np.zeros(network.num_units), self.config)  # a budget that is too small is refused now
+        # a budget that is too small is refused now
+        uniform_mask(network, np.zeros(network.num_units), self.config.sparsity.keep_ratio, self.config)
 
     def mask(self, run: RunState, keep_ratio: float) -> np.ndarray:
-        return uniform_mask(run.network, filter_norms(run.network, self.power).cpu().numpy(), self.config)
+        norms_U = filter_norms(run.network, self.power).cpu().numpy()
+        return uniform_mask(run.network, norms_U, keep_ratio, self.config)
 
 
 class SoftPruning(FilterNorm):
@@ -43,8 +63,8 @@ class SoftPruning(FilterNorm):
 
     power: ClassVar[int] = 2
 
-    def end_of_epoch(self, run: RunState) -> None:
-        network, dropped_U = run.network, torch.from_numpy(~self.mask(run, self.config.sparsity.keep_ratio))
+    def end_of_epoch(self, run: RunState, keep_ratio: float) -> None:
+        network, dropped_U = run.network, torch.from_numpy(~self.mask(run, keep_ratio))
         parts = zip(network.layers.values(), network.split(dropped_U), stored_by_layer(network), strict=True)
         for layer, dropped, stored in parts:
             layer.weight.data[dropped.to(layer.weight.device)[stored]] = 0
@@ -65,7 +85,7 @@ def stored_by_layer(network: SparseNetwork) -> list[Tensor]:
     return network.split(torch.from_numpy(network.stored_units).to(network.device))
 
 
-class Slimming(Method):
+class Slimming(Pruning):
     """An L1 penalty on the scales of batch-norm while training; one threshold on them for all layers.
 
     Where the batch-norm stands before the convolutions (pre-activation), a unit is judged by the first that reads it.
@@ -78,8 +98,8 @@ class Slimming(Method):
         check_budget(budget, self.config)
         judging_norms(network)
 
-    def penalty(self) -> Callable[[SparseNetwork], None]:
-        return partial(add_scale_penalty, penalty=self.config.sparsity.slimming_penalty)
+    def after_backward(self, run: RunState) -> None:
+        add_scale_penalty(run.network, self.config.sparsity.slimming_penalty)
 
     def mask(self, run: RunState, keep_ratio: float) -> np.ndarray:
         scales_U = batch_norm_scales(run.network).cpu().numpy()
@@ -120,3 +140,36 @@ def judging_norms(network: SparseNetwork) -> dict[str, NormBehind]:
                 "--method or --arch"
             )
     return norms
+
+
+class TaylorCut(Pruning):
+    """Keeps the units whose removal would change the loss most, to first order; one threshold for all layers.
+
+    A gate of value 1 that multiplies a unit behind its batch-norm tells the first-order effect of removing the unit:
+    the gradient of the gate. Its square, averaged over the batches of an epoch, is the importance of the unit. The
+    gradients are those of the steps that are taken anyway, so the criterion costs no pass of its own, but it follows
+    weights that move. The importance of a unit is not divided by its cost, whatever the budget counts.
+
+    Source: Molchanov, Mallya, Tyree, Frosio, Kautz, "Importance Estimation for Neural Network Pruning", CVPR 2019;
+        there a fixed number of units of a trained network leaves after every few batches.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.reader: GateReader | None = None
+
+    def start(self, network: SparseNetwork, budget: Budget) -> None:
+        check_budget(budget, self.config)
+        GateReader(network).check_sees_all("method taylor_cut", self.config.model.arch)
+
+    def after_backward(self, run: RunState) -> None:
+        if self.reader is None:
+            self.reader = GateReader(run.network)
+        squares_U = self.reader.read(run.plan, self.config.train.batch_size).gradients_U.double() ** 2
+        if run.step == 0:  # the weights have moved since the epoch before
+            run.importance = torch.zeros_like(squares_U)
+        run.importance = torch.lerp(run.importance, squares_U, 1 / (run.step + 1))
+
+    def mask(self, run: RunState, keep_ratio: float) -> np.ndarray:
+        importance_U = np.where(run.network.stored_units, run.importance.cpu().numpy(), 0.0)
+        return run.budget.best_units(importance_U, importance_U, keep_ratio)

@@ -50,7 +50,7 @@ class Thin(Method):
     def first_mask(self, network: SparseNetwork, budget: Budget) -> np.ndarray:
         if self.config.widths_of is not None:
             return network.stored_units.copy()  # nothing else is in the network that the method is given
-        return uniform_mask(network, np.zeros(network.num_units), self.config)
+        return uniform_mask(network, np.zeros(network.num_units), self.config.sparsity.keep_ratio, self.config)
 
 
 class RandomMask(Thin):

@@ -9,7 +9,7 @@ from utils.channels.network import SparseNetwork
 from utils.errors import UserError
 
 
-def uniform_mask(network: SparseNetwork, values_U: np.ndarray, config: Config) -> np.ndarray:
+def uniform_mask(network: SparseNetwork, values_U: np.ndarray, keep_ratio: float, config: Config) -> np.ndarray:
     """The units of highest value of every layer: round(fraction * width) of each, at least one (ties: the lowest).
 
     With a budget of channels the fraction is `keep_ratio`. With one of params or flops it is the largest whose network
@@ -18,10 +18,11 @@ def uniform_mask(network: SparseNetwork, values_U: np.ndarray, config: Config) -
 
     Args:
         values_U: (U,) float.
+        keep_ratio: the budget, as a fraction of what `config` has it count.
     Returns: (U,) bool.
     Raises: UserError for a budget that one unit in each layer exceeds.
     """
-    sparsity, streams = config.sparsity, layers_by_stream(network)
+    unit, streams = config.sparsity.budget, layers_by_stream(network)
     widths = [layers[0].stop - layers[0].start for layers in streams]
     rank_U = np.empty(network.num_units, dtype=np.int64)  # of a unit in its layer
     for layer in network.unit_groups():
@@ -38,17 +39,17 @@ def uniform_mask(network: SparseNetwork, values_U: np.ndarray, config: Config) -
                 mask_U[layer] = rank_U[layer] < count
         return mask_U & network.stored_units
 
-    if sparsity.budget == "channels":
-        return mask(counts(sparsity.keep_ratio))
-    cost = network.expected_cost(sparsity.budget)
-    budget = (sparsity.keep_ratio + 1e-12) * cost.dense  # a whole number but for rounding is that number
+    if unit == "channels":
+        return mask(counts(keep_ratio))
+    cost = network.expected_cost(unit)
+    budget = (keep_ratio + 1e-12) * cost.dense  # a whole number but for rounding is that number
 
     def fits(kept: list[int]) -> bool:
         return cost(mask(kept)) <= budget
 
     if not fits(counts(0)):
         raise UserError(
-            f"keep_ratio {sparsity.keep_ratio:g} of the {sparsity.budget} is less than {config.model.arch} has with "
+            f"keep_ratio {keep_ratio:g} of the {unit} is less than {config.model.arch} has with "
             f"one channel in each layer; pass --keep-ratio {1.001 * cost(mask(counts(0))) / cost.dense:.4g} or more"
         )
     if fits(counts(1)):

@@ -65,7 +65,7 @@ class PolicyGradient(ScoreMethod):
     def step(self, run: RunState, images: Tensor, labels: Tensor, now: StepSettings) -> StepResult:
         return train_step(run.search, images, labels, now, self.config)
 
-    def end_of_epoch(self, run: RunState) -> None:
+    def end_of_epoch(self, run: RunState, keep_ratio: float) -> None:
         if self.config.shrinks:
             drop_dead_units(run.network, run.search.score_optimizer, run.search.weight_optimizer)
 

@@ -15,6 +15,7 @@ from utils.algorithm.estimators.base import Gates
 from utils.algorithm.estimators.taylor import gate_gradients
 from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,20 @@ class GateReader:
             on_device = [torch.from_numpy(places).to(network.device) for places in (units, channels)]
             self.places.append((norm.module, *on_device))
             self.readable_U[units] = True
+
+    def check_sees_all(self, judge: str, arch: str) -> None:
+        """Raises UserError if the gate of some unit is never observed, for a judge that has nothing else to go by.
+
+        Args:
+            judge: what judges the units, such as "estimator taylor": the option and its value.
+            arch: name of the network.
+        """
+        unseen = int((~self.readable_U & self.network.stored_units).sum())
+        if unseen:
+            raise UserError(
+                f"{judge} cannot judge {unseen} of {self.network.num_units} units of {arch}: no batch-norm of their "
+                f"own is behind them; pass another --{judge.split()[0]} or --arch"
+            )
 
     def read(self, plan: Plan, num_images: int) -> Gates:
         """After the backward pass of `plan`, before gradients are clipped; `num_images` are those of all ranks."""
