@@ -240,6 +240,8 @@ def facts_of(
             "method": config.method,
             "keep_ratio": config.sparsity.keep_ratio,
             "budget": config.sparsity.budget,
+            "budget_falls": config.budget_falls,
+            "widths_of": config.widths_of,
             "epochs": config.total_epochs,
             "seed": config.run.seed,
             "precision": result.precision,

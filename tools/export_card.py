@@ -15,10 +15,13 @@ CHOICE = {
     "dense": "Every channel is kept.",
     "thin": "Every layer keeps its first channels, in equal proportion; nothing was searched.",
     "random": "The kept channels were drawn at random.",
-    "l1": "After dense training, the filters of smallest L1 norm were pruned.",
-    "slimming": "After training with an L1 penalty on batch-norm scales, the channels of smallest scale were pruned.",
+    "l1": "The filters of smallest L1 norm were pruned {when}.",
+    "slimming": "The channels of smallest batch-norm scale, which training had penalised, were pruned {when}.",
+    "taylor_cut": "The channels that change the loss least, to first order, were pruned {when}.",
     "sfp": "The filters of smallest L2 norm were set to zero after every epoch, and pruned in the end.",
 }
+
+FOUND = "The kept channels are those of the result of another run; the weights were drawn anew and trained."
 
 
 def card(facts: Mapping[str, Any], weights: str) -> str:
@@ -82,7 +85,7 @@ It tells {len(classes)} classes apart: {shown}.
 
 - Data: {facts["set"]} (fingerprint {recipe["fingerprint"]}).
 - Method: `{recipe["method"]}`, keep ratio {recipe["keep_ratio"]:g} of the {recipe["budget"]}.
-  {CHOICE[recipe["method"]]}
+  {_how_chosen(recipe)}
 - Length: {recipe["epochs"]} epochs in all; the weights are those after epoch {result["epoch"]} ({result["phase"]}).
 - Seed {recipe["seed"]}, precision {recipe["precision"]}. One run: nothing is known about the spread between seeds.
 
@@ -156,3 +159,11 @@ def _costs(costs: Mapping[str, Any]) -> str:
         sizes = [f"{row['parameters']:,}", f"{row['bytes'] / 1e6:.2f} MB", f"{row['multiply_adds'] / 1e6:.2f} M"]
         lines.append([name, *sizes, *times])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _how_chosen(recipe: Mapping[str, Any]) -> str:
+    """How the kept channels were chosen."""
+    if recipe["widths_of"] is not None:
+        return FOUND
+    when = "after every epoch while the budget fell" if recipe["budget_falls"] else "after dense training"
+    return CHOICE[recipe["method"]].format(when=when)

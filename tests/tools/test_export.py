@@ -14,8 +14,10 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from args import METHODS
 from tests.tiny import Run, make_images, run
 from tools import export, export_checks, exported
+from tools.export_card import card
 from tools.exported import read_facts, read_network
 from tools.predict import prepared, read_image
 from tools.run_result import Result
@@ -132,6 +134,18 @@ def test_the_card_tells_the_facts_in_a_header_that_yaml_reads(trained, tmp_path,
         f"torch {torch.__version__}",
     ):
         assert words in text
+    assert "drew masks from the scores" in text
+
+    def told(**recipe: object) -> str:
+        return card({**facts, "recipe": {**facts["recipe"], **recipe}}, "weights")
+
+    for method in METHODS.keys() - {"released"}:
+        assert "{" not in told(method=method)
+    assert "were pruned after dense training." in told(method="taylor_cut", budget_falls=False)
+    assert "were pruned after every epoch while the budget fell." in told(method="l1", budget_falls=True)
+    found = told(method="thin", budget_falls=False, widths_of="runs/x")
+    assert "channels are those of the result of another run" in found
+    assert "first channels" not in found
 
 
 @pytest.fixture(scope="module")
