@@ -6,6 +6,7 @@ import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from args import ESTIMATORS, OPTIONS, Config, config_from_dict, config_to_dict
@@ -104,10 +105,8 @@ def start_from_subnet(network: SparseNetwork, start: SubnetOfRun, config: Config
             f"{what} computes channels that the subnet does not have; pass --method vrpge, dense, l1, sfp, slimming "
             "or taylor_cut with compact execution, or a checkpoint of a run with --no-shrink, which holds all weights"
         )
-    check_same(start, config, SAME_AS_START)
+    check_same(start, network, config, SAME_AS_START)
     stored_U, mask_U = start.state["stored_units"].numpy(), start.state["subnet"]["mask"].numpy()
-    if len(stored_U) != network.num_units:
-        start.refuse(f"it has {len(stored_U)} units, and this network {network.num_units}; use the same images")
     shrink_to(network, stored_U, keep_fallback=False)
     take_over(network.model, start.state["model"], start.source)
     use_statistics(network, Subnet.from_state_dict(start.state["subnet"], network.device))
@@ -115,30 +114,26 @@ def start_from_subnet(network: SparseNetwork, start: SubnetOfRun, config: Config
     announce(f"starting from the subnet of {start.source}: {mask_U.sum()} of {network.num_units} units")
 
 
-def check_same(start: SubnetOfRun, config: Config, keys: Iterable[str]) -> None:
-    """Raises UserError for an option that has another value than in the run that a subnet is from."""
+def check_same(start: SubnetOfRun, network: SparseNetwork, config: Config, keys: Iterable[str]) -> None:
+    """Raises UserError for other values of options, or other units, than in the run that a subnet is from."""
     for key in keys:
         mine, theirs = config_to_dict(config)[key], start.state["config"].get(key, OPTIONS[key].default)
         if mine != theirs:
             start.refuse(
                 f"it was trained with {key} {worded(theirs)}, not {worded(mine)}; pass {flag_of(key)} {worded(theirs)}"
             )
+    units = len(start.state["stored_units"])
+    if units != network.num_units:
+        start.refuse(f"it has {units} units, and this network {network.num_units}; use the same images")
 
 
-def cut_to_found_widths(
-    network: SparseNetwork, config: Config, data: DataSplits, stored: Mapping[str, Any] | None
-) -> None:
-    """Cuts a fresh network down to the units that the run of `widths_of` kept. Of its weights nothing is taken over.
+def found_units(network: SparseNetwork, config: Config, data: DataSplits) -> np.ndarray:
+    """The units that the run of `widths_of` kept: (U,) bool.
 
-    Args:
-        stored: a checkpoint of the new run, which knows its units itself, so that it needs that run no more.
     Raises: UserError for the subnet of another network, of another budget, or for images that make its costs others.
     """
-    if stored is not None:
-        shrink_to(network, stored["stored_units"].numpy(), keep_fallback=False)
-        return
     found = find_choice(config.widths_of)
-    check_same(found, config, SAME_AS_FOUND)
+    check_same(found, network, config, SAME_AS_FOUND)
     mine = {"image_size": data.image_size, "channels": data.channels, "classes": data.num_classes}
     if images := found.state.get("images"):  # an older checkpoint does not know them
         theirs = images | {"classes": len(images["class_names"])}
@@ -146,23 +141,20 @@ def cut_to_found_widths(
         if differing:
             found.refuse(f"it was trained on images of another kind, with {', '.join(differing)}; use the same kind")
     mask_U = found.state["subnet"]["mask"].numpy()
-    if len(mask_U) != network.num_units:
-        found.refuse(f"it has {len(mask_U)} units, and this network {network.num_units}; use the same images")
-    shrink_to(network, mask_U, keep_fallback=False)
     announce(f"widths of {found.source}: {mask_U.sum()} of {network.num_units} units, with new weights")
+    return mask_U
 
 
 def with_layout_of_start(config: Config) -> Config:
-    """The configuration with what decides which units there are, for a run that starts from the subnet of another.
+    """The configuration with what decides which units there are, as far as the method does not read it otherwise.
 
-    It takes the options that its method does not read otherwise: all of them for dense training, and for a thin network
-    of the widths of another run `residual_masks`.
+    It is that of the run whose subnet dense training starts from, or whose widths a thin network has.
     """
     start, keys = None, LAYOUT
-    if config.method == "dense" and config.model.pretrained:
-        start = find_subnet(config.model.pretrained)
-    elif config.widths_of is not None:
+    if config.widths_of is not None:
         start, keys = find_choice(config.widths_of), ("residual_masks",)
+    elif config.method == "dense" and config.model.pretrained:
+        start = find_subnet(config.model.pretrained)
     if start is None:
         return config
     theirs = {key: start.state["config"].get(key, OPTIONS[key].default) for key in keys}
@@ -203,7 +195,8 @@ def new_run(
     """
     network = make_network(config, data, device, stored)
     if config.widths_of is not None:
-        cut_to_found_widths(network, config, data, stored)
+        units_U = found_units(network, config, data) if stored is None else stored["stored_units"].numpy()
+        shrink_to(network, units_U, keep_fallback=False)
     spends = config.sparsity.spend_budget and config.method != "released"
     budget = Budget(network, config.sparsity.budget, config.sparsity.constrain_by_layer, spends)
     method, start_share = make_method(config), 1.0
