@@ -311,7 +311,7 @@ class SparsityConfig:
         "where a falling budget starts, as a fraction of what keep_ratio counts",
         within="(0, 1]",
         hint=NOT_A_PERCENTAGE,
-        read_by=SCORED,
+        read_by=FALLING,
         needs=CUBIC,
     )
     budget_start: float = option(
