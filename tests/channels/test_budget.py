@@ -202,7 +202,9 @@ def test_first_scores_that_overspend_are_refused_with_those_that_fit(unit):
         given = config(budget=unit, keep_ratio=0.3, score_init_constant=constant, **options)
         start_within_budget(budget.network, budget, given)
 
-    with pytest.raises(UserError, match=r"score_init_constant 0\.9 would overspend .* keep_ratio 0\.3") as error:
+    with pytest.raises(
+        UserError, match=r"score_init_constant 0\.9 would overspend the first budget, 0\.3 of the"
+    ) as error:
         start(0.9)
     fitting = float(re.search(r"pass --score-init-constant (\S+) or less", str(error.value))[1])
     start(fitting)

@@ -40,7 +40,7 @@ def configs(row: str) -> list[dict]:
 @pytest.mark.parametrize("key", [key for key in RUN_OF if key in OPTIONS])
 def test_a_row_starts_from_the_result_of_the_same_seed_of_another(make, key):
     table = STARTED.replace("pretrained", key)
-    table = table if key == "pretrained" else table.replace("keep_ratio: 0.25,", "method: thin,")
+    table = table if key == "pretrained" else table.replace("keep_ratio: 0.25,", "method: thin, keep_ratio: 0.25,")
     assert make("--jobs", "3", "--rows", "half", table=table) == 0
     order = events("start", "end")
     for seed, config in enumerate(configs("half")):

@@ -47,6 +47,8 @@ CURVES = {  # column of results.csv -> curve in TensorBoard
     "score_entropy": "scores/entropy_bits",
     "share_zero": "scores/share_exactly_0",
     "share_one": "scores/share_exactly_1",
+    "entropy_left": "scores/entropy_left",
+    "top_agreement": "scores/top_agreement",
     "loss_difference": "vrpge/loss_difference",
     "forward_flops_ratio": "flops/forward_ratio",
     "forward_flops_ratio_mean": "flops/forward_ratio_running_mean",
@@ -60,7 +62,7 @@ CURVES = {  # column of results.csv -> curve in TensorBoard
 }
 OF_THE_SEARCH = (
     *("budget", "keep_ratio_expected", "keep_ratio_drawn", "v", "max_score", "score_entropy", "share_zero"),
-    *("share_one", "loss_difference", "score_lr"),
+    *("share_one", "entropy_left", "top_agreement", "loss_difference", "score_lr"),
 )
 WITHIN_EPOCHS = {  # curves with points within an epoch
     *("steps/train_loss", "steps/train_top1", "lr/weights", "lr/scores", "sparsity/budget"),

@@ -91,7 +91,8 @@ def step(recorded) -> Step:
         seen["clip_norm"] = original_clip(parameters, max_norm, *args, **kwargs)
         return seen["clip_norm"]
 
-    def project(scores_U, budget):
+    def project(scores_U, budget, spend):
+        assert not spend
         seen["unprojected"], seen["budget"] = scores_U.clone(), budget
         projected, seen["v"] = original_project(scores_U, budget)
         return projected, seen["v"]

@@ -1,9 +1,9 @@
 """Units that provably stay dropped leave the parameters, batch-norms and optimizer state for good.
 
 A score of exactly 0 has gradient 0, so with a first moment (or momentum) that is not negative no step of the score
-optimizer can lift it, and the projection raises no score of 0 or below. Its unit is never drawn again; nothing reads its
-parameters any more. Masks and scores keep their full length: a few bytes a unit, and draws, projection and indices of
-units stay what they were. Source: ours.
+optimizer can lift it, and the projection raises no score of 0 or below. Its unit is never drawn again; nothing reads
+its parameters any more. Masks and scores keep their full length: a few bytes a unit, and draws, projection and indices
+of units stay what they were. Source: ours.
 """
 
 from __future__ import annotations
