@@ -51,7 +51,7 @@ def drawn_mask(run: RunState, keep_ratio: float, random: np.random.Generator, fi
     Args:
         fill: where it falls short of the budget, the likeliest of the other units are added.
     """
-    scores_U = scores_of(run)
+    scores_U = scores_of(run).astype(np.float64)  # in which the values below keep scores apart that float32 can tell
     others_U = scores_U / 2 if fill else np.zeros_like(scores_U)  # come after all that were drawn
     values_U = np.where(random.random(len(scores_U)) < scores_U, (1 + scores_U) / 2, others_U)
     return run.budget.best_units(values_U, scores_U, keep_ratio)
