@@ -47,8 +47,8 @@ def search_epochs_for(epochs: int, steps_per_epoch: int) -> int:
     """Epochs of a search that is a part of `epochs`: two fifths of a training of up to 10,000 steps, less of a longer.
 
     Scores need steps, not a share of the training. Beyond 10,000 steps the search grows with their square root only: it
-    takes 13 % of a training of 100,000. The share is that of the table "long" (9,700 steps), the only one that was tried
-    there; the square root is a guess that no run of ours has tested. Source: ours.
+    takes 13 % of a training of 100,000. The share is that of the table "long" (9,700 steps), the only one that was
+    tried there; the square root is a guess that no run of ours has tested. Source: ours.
 
     Returns: at least 1; below `epochs` unless that is 1.
     """
