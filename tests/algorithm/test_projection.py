@@ -253,7 +253,7 @@ def spent_by_bisection(z: np.ndarray, w: np.ndarray, budget: float) -> np.ndarra
     return np.where(alive, (z - high * w).clip(0, 1), 0)
 
 
-@settings(REPEATABLE, max_examples=150)
+@settings(REPEATABLE, max_examples=60)
 @given(problems(), st.data())
 @example((torch.tensor([0.5, 0.2, -0.1, 0.0], dtype=torch.float64), 1.5), None)
 def test_a_budget_that_is_spent(problem, data):
@@ -275,7 +275,7 @@ def test_a_budget_that_is_spent(problem, data):
         assert v == pytest.approx(float(v_bound), abs=1e-9)
 
 
-@settings(REPEATABLE, max_examples=100)
+@settings(REPEATABLE, max_examples=40)
 @given(st.data())
 def test_a_cost_that_is_spent(data):
     scores_U, cost, budget = data.draw(cost_problems(spread=data.draw(st.sampled_from([0.0, 2.0]))))

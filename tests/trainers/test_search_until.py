@@ -104,7 +104,11 @@ def test_a_search_that_lasts_for_all_epochs_asks_but_does_not_end(images, tmp_pa
     assert done.column_of("top_agreement", 2) == [1.0, 0.5]
 
 
-@pytest.mark.parametrize("step", [2, 2 * STEPS - 1, 2 * STEPS + 1])
+SLOW = pytest.mark.slow
+WHERE = [pytest.param(2, marks=SLOW), 2 * STEPS - 1, pytest.param(2 * STEPS + 1, marks=SLOW)]
+
+
+@pytest.mark.parametrize("step", WHERE)
 def test_a_resumed_run_ends_bit_equal(images, tmp_path, decided_after, step):
     """Stopped in the search, in the last step before the decision, and after it."""
     decided_after(2)
