@@ -79,7 +79,7 @@ def check_ranks(config: Config, flags: Collection[str]) -> None:
         return
     sizes = {"batch_size": config.train.batch_size}
     if config.finetunes:
-        sizes["finetune_batch_size"] = config.finetune.finetune_batch_size
+        sizes["finetune_batch_size"] = config.finetune_batch_size
     for what, size in sizes.items():
         if size != AUTO and size < 2 * ranks:
             raise UserError(

@@ -325,7 +325,7 @@ def load_data(config: Config, device: torch.device, test_only: bool = False) -> 
     data.train.augmentation = Augmentation(settings.rand_augment, settings.mixup, settings.cutmix, data.num_classes)
     for what, size in (
         ("batch_size", config.train.batch_size),
-        ("finetune_batch_size", config.finetune.finetune_batch_size if config.finetunes else AUTO),
+        ("finetune_batch_size", config.finetune_batch_size if config.finetunes else AUTO),
     ):
         if size != AUTO and size > len(data.train) and not config.run.evaluate:
             raise UserError(f"{what} is {size}, but there are only {len(data.train)} training images; lower it")

@@ -22,7 +22,13 @@ from utils.conv_type import sparsify
 EPOCHS, SEARCH = 5, 3  # in all, and at most of them of search
 SETTINGS = {
     **{"search_until": "decided", "epochs": EPOCHS, "search_epochs": SEARCH, "budget_schedule": "cubic"},
-    **{"budget_end": 1.0, "budget_top": 0.8, "score_lr": 0.1, "retire": "off", "finetune_batch_size": 7},
+    **{
+        "budget_end": 1.0,
+        "budget_top": 0.8,
+        "score_lr": 0.1,
+        "retire": "off",
+        "finetune_batch_size": 1000,
+    },  # the last is read by nothing
 }
 
 
