@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from trainers.methods import make_method
 from trainers.state import RunState
 from utils.algorithm.masks import sample_masks
 from utils.channels.budget import Budget
+from utils.channels.plan import preferred_multiple
 from utils.errors import UserError
 from utils.run import checkpoint
 from utils.run.folder import resolve_run
@@ -47,7 +48,7 @@ from utils.run.metrics import Cost
 
 NETWORKS = ("dense", "compact", "thin")  # in the order of their steps
 MADE_SCORES = ("uniform", "late")  # anything else is a path
-WARM_UP_STEPS = 5  # each draw brings new shapes
+WARM_UP_STEPS = 5  # unless --warm-up says otherwise: each draw brings new shapes
 PEAK_STEPS = 4
 TYPICAL_OF = 9  # draws, an odd number: the one with the median FLOPs is typical
 
@@ -68,6 +69,10 @@ def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     about = "Times a training step against a dense and a thin network. Takes the options of main.py as well."
     parser = ToolParser("tools.bench", about)
     parser.add_argument("--repeats", type=whole_number(1, 10000), default=7, metavar="N", help="steps that are timed")
+    about = "steps before them, which do not count; a GPU needs about 100 until it has seen the shapes of the draws"
+    parser.add_argument("--warm-up", type=whole_number(1, 10000), default=WARM_UP_STEPS, metavar="N", help=about)
+    about = "pad kept channels to a multiple of N (default: what suits the device)"
+    parser.add_argument("--multiple", type=whole_number(1, 128), metavar="N", help=about)
     parser.add_argument("--input-size", type=whole_number(8, 512), default=32, metavar="N", help="pixels of an image")
     parser.add_argument("--num-classes", type=whole_number(2, 10**6), default=10, metavar="N", help="classes")
     about = "uniform: all equal; late: most are 0; or those of a run or checkpoint, which brings its configuration"
@@ -172,6 +177,7 @@ class Bench:
     shapes: SimpleNamespace  # image_size, num_classes, channels, which a network takes from a `DataSplits`
     scores: str
     device: torch.device
+    multiple: int | None = None  # what kept channels are padded to; None: what suits the device
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -202,6 +208,7 @@ class Bench:
 
     def masked_run(self) -> RunState:
         run = new_run(self.config, self.shapes, self.device)
+        run.network.multiple = self.multiple or run.network.multiple
         put_scores_(run, self.scores, self.config)
         return run
 
@@ -242,15 +249,18 @@ class Bench:
 # ---- time and memory ----
 
 
-def measure(bench: Bench, repeats: int) -> dict[str, Any]:
+def measure(bench: Bench, repeats: int, warm_up: int = WARM_UP_STEPS) -> dict[str, Any]:
     """All figures but memory, by network and in comparison."""
     networks, rows = {name: bench.build(name) for name in NETWORKS}, {}
-    seconds = interleaved_times({name: step for name, (_, step, _) in networks.items()}, repeats, bench.device)
+    steps = {name: step for name, (_, step, _) in networks.items()}
+    times = interleaved_times(steps, repeats, bench.device, warm_up)
     for name, (run, _, costs) in networks.items():
-        low, median, high = np.percentile(1000 * np.array(seconds[name]) / bench.period, (25, 50, 75)).tolist()
+        milliseconds = 1000 * np.array([time.total for time in times[name]]) / bench.period
+        low, median, high = np.percentile(milliseconds, (25, 50, 75)).tolist()
         flops, padded_flops = (np.mean(costs, axis=0) / run.network.dense_macs).tolist()
         rows[name] = {
-            **{"ms": median, "ms_quartiles": [low, high]},
+            **{"ms": median, "ms_quartiles": [low, high], "mean_ms": milliseconds.mean().item()},
+            "host_ms": float(np.median([1000 * time.host / bench.period for time in times[name]])),
             "images_per_second": 1000 * len(bench.labels) / median,
             **{"flops_ratio": flops, "padded_flops_ratio": padded_flops},
         }
@@ -259,18 +269,28 @@ def measure(bench: Bench, repeats: int) -> dict[str, Any]:
     return {"networks": rows, **ratios, "ideal dense/compact, 3/(4r)": 3 / (4 * rows["compact"]["flops_ratio"])}
 
 
-def interleaved_times(steps: Mapping[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, list]:
-    """Seconds of every step, all of them once a round, after rounds that are not counted."""
+class StepTime(NamedTuple):
+    """Seconds of a step until everything is done, and until the host is free to start the next one."""
+
+    total: float
+    host: float
+
+
+def interleaved_times(
+    steps: Mapping[str, Callable[[], None]], repeats: int, device: torch.device, warm_up: int = WARM_UP_STEPS
+) -> dict[str, list[StepTime]]:
+    """Times of every step, all of them once a round, after `warm_up` rounds that are not counted."""
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(WARM_UP_STEPS + repeats):
+    times: dict[str, list[StepTime]] = {name: [] for name in steps}
+    for repeat in range(warm_up + repeats):
         for name, step in steps.items():
             synchronise(device)
             start = time.perf_counter()
             step()
+            host = time.perf_counter() - start
             synchronise(device)
-            if repeat >= WARM_UP_STEPS:
-                times[name].append(time.perf_counter() - start)
+            if repeat >= warm_up:
+                times[name].append(StepTime(time.perf_counter() - start, host))
     return times
 
 
@@ -298,9 +318,10 @@ def peak_mb(device: torch.device) -> float | None:
 # ---- the program ----
 
 NOTES = """\
-Medians (quartiles) of interleaved steps after warm-up, on random images. FLOPs are those of one forward pass as a
-fraction of the dense network's; those of compact are r. MB is the peak of a process for each network; on a CPU it
-includes torch itself."""
+Medians (quartiles) of {repeats} interleaved steps after {warm_up} that do not count, on random images. "host" is the
+time until the host may start the next step: on a GPU, which works on while the host goes ahead, the larger of both
+bounds the training. FLOPs are those of one forward pass as a fraction of the dense network's; those of compact are r.
+MB is the peak of a process for each network; on a CPU it includes torch itself."""
 
 
 def report(figures: Mapping[str, Any]) -> str:
@@ -309,6 +330,8 @@ def report(figures: Mapping[str, Any]) -> str:
         {
             "network": name,
             "ms": "{:.1f} ({:.1f}-{:.1f})".format(row["ms"], *row["ms_quartiles"]),
+            "mean": f"{row['mean_ms']:.1f}",
+            "host": f"{row['host_ms']:.1f}",
             "images/s": f"{row['images_per_second']:.0f}",
             "FLOPs": f"{row['flops_ratio']:.4f}",
             "padded": f"{row['padded_flops_ratio']:.4f}",
@@ -324,7 +347,7 @@ def run(argv: Sequence[str]) -> None:
     settings, config = read_command_line(argv)
     device = find_device(config)
     shapes = SimpleNamespace(image_size=settings.input_size, num_classes=settings.num_classes, channels=3)
-    bench = Bench(config, shapes, settings.scores, device)
+    bench = Bench(config, shapes, settings.scores, device, settings.multiple)
     if settings.peak:
         before, (_, step, _) = peak_mb(device), bench.build(settings.peak)
         for _ in range(PEAK_STEPS):
@@ -332,12 +355,14 @@ def run(argv: Sequence[str]) -> None:
         print(json.dumps({"peak_mb": peak_mb(device), "baseline_mb": before}))
         return
     print(headline(device), flush=True)
-    figures = measure(bench, settings.repeats)
+    figures = measure(bench, settings.repeats, settings.warm_up)
     for name, row in figures["networks"].items():
         row |= {"peak_mb": None, "baseline_mb": None} if settings.no_memory else measure_peak(argv, name)
     print(f"{config.model.arch}, method {config.method}, scores {settings.scores}, {config.train.precision}")
-    print(f"{NOTES}\n\n{report(figures)}\n")
-    asked = {key: getattr(settings, key) for key in ("scores", "repeats", "input_size", "num_classes")}
+    notes = NOTES.format(repeats=settings.repeats, warm_up=settings.warm_up)
+    print(f"{notes}\n\n{report(figures)}\n")
+    asked = {key: getattr(settings, key) for key in ("scores", "repeats", "warm_up", "input_size", "num_classes")}
+    asked["multiple"] = settings.multiple or preferred_multiple(device)
     print(json.dumps({**figures, **asked, "device": str(device), "config": config_to_dict(config)}))
 
 

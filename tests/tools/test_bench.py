@@ -219,37 +219,48 @@ def test_scores_of_a_run_bring_its_configuration(stored_run):
     assert run.network.scores.double().mean().item() == pytest.approx(scores_U.double().mean().item(), abs=0.02)
 
 
+def test_multiple_is_what_kept_channels_are_padded_to():
+    settings, config = bench.read_command_line([*SMALL, "--multiple", "3", "--keep-ratio", "0.4"])
+    network = bench.Bench(config, SHAPES, "uniform", CPU, settings.multiple).build("compact")[0].network
+    plan = network.plan(np.arange(network.num_units) % 3 == 0)
+    maskable = [space for space in range(len(plan.widths)) if not network.graph.spaces[space].full]
+    assert all(plan.widths[i] % 3 == 0 or plan.widths[i] == network.graph.spaces[i].width for i in maskable)
+    assert any(plan.widths[i] > plan.counts[i] for i in maskable)
+
+
 # ---- figures ----
 
 
 def test_steps_are_timed_in_turn_after_warm_up():
     ran = []
     steps = {name: (lambda name=name: ran.append(name)) for name in ("a", "b", "c")}
-    times = bench.interleaved_times(steps, 4, CPU)
-    assert ran == ["a", "b", "c"] * (bench.WARM_UP_STEPS + 4)
+    times = bench.interleaved_times(steps, 4, CPU, warm_up=2)
+    assert ran == ["a", "b", "c"] * (2 + 4)
     assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
 
 
 def test_the_last_line_is_json_with_every_figure_and_the_table_shows_it(capsys, monkeypatch):
-    seconds = {"dense": [0.8, 0.4, 0.6, 1.0, 0.2], "compact": [0.3] * 5, "thin": [0.2] * 5}
+    seconds = {"dense": [0.8, 0.4, 0.7, 1.1, 0.2], "compact": [0.3] * 5, "thin": [0.2] * 5}
 
-    def made_up(steps, repeats, device):
-        assert (list(steps), repeats) == (["dense", "compact", "thin"], 5)
+    def made_up(steps, repeats, device, warm_up):
+        assert (list(steps), repeats, warm_up) == (["dense", "compact", "thin"], 5, 3)
         for step in steps.values():
             step()
-        return seconds
+        return {name: [bench.StepTime(total, total / 4) for total in values] for name, values in seconds.items()}
 
     monkeypatch.setattr(bench, "interleaved_times", made_up)
-    words = "--repeats 5 --no-memory --score-every 2 --keep-ratio 0.3 --input-size 16 --num-classes 3"
+    words = "--repeats 5 --warm-up 3 --multiple 4 --no-memory --score-every 2 --keep-ratio 0.3"
+    words += " --input-size 16 --num-classes 3"
     assert bench.main([*SMALL, *words.split()]) == 0
     lines = capsys.readouterr().out.splitlines()
     figures = json.loads(lines[-1])
     rows = figures["networks"]
-    assert [rows["dense"]["ms"], *rows["dense"]["ms_quartiles"]] == pytest.approx([300, 200, 400])
+    assert [rows["dense"]["ms"], *rows["dense"]["ms_quartiles"]] == pytest.approx([350, 200, 400])
+    assert (rows["dense"]["mean_ms"], rows["dense"]["host_ms"]) == pytest.approx((320, 350 / 4))
     assert rows["compact"]["images_per_second"] == pytest.approx(4 * 2 / 0.3)
-    assert figures["dense/compact"] == pytest.approx(2)
+    assert figures["dense/compact"] == pytest.approx(350 / 150)
     assert figures["compact/thin"] == pytest.approx(1.5)
-    assert figures["dense/thin"] == pytest.approx(3)
+    assert figures["dense/thin"] == pytest.approx(3.5)
     r = rows["compact"]["flops_ratio"]
     assert figures["ideal dense/compact, 3/(4r)"] == pytest.approx(3 / (4 * r))
     assert 0.05 < r < rows["compact"]["padded_flops_ratio"] <= 1 == rows["dense"]["flops_ratio"]
@@ -257,7 +268,9 @@ def test_the_last_line_is_json_with_every_figure_and_the_table_shows_it(capsys, 
     assert (figures["config"]["keep_ratio"], figures["input_size"], figures["num_classes"]) == (0.3, 16, 3)
     assert torch.__version__ in lines[0]
     table = {line.split("|")[1].strip(): line for line in lines if line.startswith("|")}
-    assert f"| 150.0 (150.0-150.0) |       27 | {r:.4f} |" in table["compact"]
+    assert f"| 150.0 (150.0-150.0) | 150.0 | 37.5 |       27 | {r:.4f} |" in table["compact"]
+    assert "of 5 interleaved steps after 3 that do not count" in " ".join(lines)
+    assert (figures["warm_up"], figures["multiple"]) == (3, 4)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is read from /proc")
