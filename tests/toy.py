@@ -314,11 +314,12 @@ def sparse_network(
     execution: str = "compact",
     score_init: float = 0.5,
     image_shape: tuple[int, int, int] = IMAGE_SHAPE,
+    device: str = "cpu",
     **options: Any,
 ) -> SparseNetwork:
     """A `SparseNetwork` over a copy of `net`, its scores in the dtype of its weights; unpadded unless asked."""
     dtype = next(net.parameters()).dtype
-    model = sparsify(copy.deepcopy(net), list(layers), score_init).to(dtype)
+    model = sparsify(copy.deepcopy(net), list(layers), score_init).to(device, dtype)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # `test_graph.py` has its own test of a graph in another dtype
     try:
@@ -383,7 +384,7 @@ def search_of(
         Budget(network, options.sparsity.budget, options.sparsity.constrain_by_layer),
         weight_optimizer or torch.optim.SGD(network.weight_parameters(), lr=1.0, momentum=0.9),
         score_optimizer or torch.optim.Adam([network.scores], lr=1.0),
-        torch.Generator().manual_seed(seed),
+        torch.Generator(network.device).manual_seed(seed),
         estimator=make_estimator(network, options),
     )
     search.masks = draw_masks(search, options) if masks_KU is None else stored_masks(masks_KU, options)
