@@ -77,8 +77,11 @@ FLOWS = [
     {"method": "dense"},
     {"method": "thin"},
     {"method": "l1"},
+    {"method": "slimming"},
+    {"method": "coin"},
+    {"method": "gumbel"},
 ]
-# Each reads on the host, or sends to the GPU from memory that is not pinned, before the backward pass is queued.
+# Each reads a tensor on the host, or sends one to the GPU and waits until it is there.
 WAITS = [
     {"budget": "flops"},
     {"budget": "params"},
@@ -87,12 +90,9 @@ WAITS = [
     {"estimator": "taylor"},
     {"execution": "masked"},
     {"method": "released"},
-    {"method": "gumbel"},
-    {"method": "coin"},
-    {"method": "slimming"},
     {"method": "taylor_cut"},
 ]
-KNOWN = pytest.mark.xfail(strict=False, reason="the host is known to wait here, or it is not known whether it does")
+KNOWN = pytest.mark.xfail(strict=False, reason="the host is known to wait here")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -109,6 +109,9 @@ def test_the_host_waits_for_nothing_but_the_masks(options, precision):
 def test_the_host_reads_the_masks_only_when_they_have_arrived():
     run, settings = run_on(GPU, arch="vgg16", width_mult=0.25)
     search = run.search
+    spare = [draw_masks(search, settings) for _ in range(4)]  # memory for masks, because to ask for more may wait
+    torch.cuda.synchronize()
+    del spare
     for _ in range(5):
         torch.cuda._sleep(200_000_000)  # about a tenth of a second
         masks = draw_masks(search, settings)
@@ -131,9 +134,9 @@ def test_a_step_in_bf16_is_near_the_one_in_fp32(arch, width_mult):
         weights = run.network.weight_parameters()
         assert {weight.dtype for weight in weights} == {torch.float32}
         gradients.append(torch.cat([weight.grad.flatten() for weight in weights]))
-    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
     assert losses[1] != losses[0]
-    assert F.cosine_similarity(*gradients, dim=0) > 0.9
+    assert F.cosine_similarity(*gradients, dim=0) > 0.75  # about 0 for unrelated ones
 
 
 LARGE_FORMS = [(arch, 128) for arch in ("vgg16", "mobilenet_v1", "resnet18", "resnet34", "resnet50", "resnet101")]
