@@ -170,6 +170,7 @@ def assert_near(actual: BatchedSet, expected: BatchedSet) -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_images_in_memory_are_the_same_on_the_gpu(channels_last):
     images = in_memory(crop_padding=2, flip=True, channels_last=channels_last)
+    assert images.to(GPU).images.device == GPU
     assert_near(images.to(GPU), images)
     assert_near(images.to(GPU).subset([3, 1, 4, 5, 9, 2]), images.subset([3, 1, 4, 5, 9, 2]))
 
