@@ -16,7 +16,9 @@ import yaml
 
 from args import OPTIONS, config_from_dict, config_to_dict
 from tools.tables import DECIDED_ELSEWHERE, RUN_OF, Table, load_mapping
+from trainers.automatic import undecided
 from utils.errors import UserError
+from utils.options import AUTO
 
 TABLES_FOLDER = Path(__file__).resolve().parent.parent / "configs/tables"  # tables that lie elsewhere are a user's own
 RESULTS_FOLDER = Path("results")
@@ -127,6 +129,7 @@ def read_run(folder: Path, alone: bool, table: Table, defaults: Mapping[str, Any
     config = folder / "config.yaml"
     flat = load_mapping(config, yaml.safe_load)
     options = options_of(named_by_hash(flat, flat["seed"]), str(config), defaults)
+    options |= {key: AUTO for key in left_to_a_rule(folder) if key in options}
     summary, environment = _read_json(folder / "summary.json"), _read_json(folder / "env.json")
     environment["data_fingerprint"] = summary.get("data_fingerprint")
     date, facts = "", {}
@@ -140,6 +143,18 @@ def read_run(folder: Path, alone: bool, table: Table, defaults: Mapping[str, Any
         return None
     started = config.stat().st_mtime_ns
     return Run("", flat["seed"], config_hash(options, defaults), alone, date, started, facts, options, folder)
+
+
+def left_to_a_rule(folder: Path) -> list[str]:
+    """The options of a table's run that its row leaves `auto`, while the config of the run has the values they got.
+
+    A table started it with the file `HASH.yaml`, which lies beside the folder `HASH` and has the options as the row
+    gives them.
+    """
+    file = next((p.with_suffix(".yaml") for p in folder.parents if re.fullmatch("[0-9a-f]{12}", p.name)), None)
+    if file is None or not file.is_file():
+        return []
+    return undecided(config_to_dict(config_from_dict(load_mapping(file, yaml.safe_load), str(file))))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -117,6 +117,8 @@ class Recipe:
         if config.budget_falls:
             top = min(sparsity.budget_top, self.run.start_share)
             keep_ratio = falling_keep_ratio(now / total, keep_ratio, *fall, highest=top)
+        if self.run.search is None:  # score_lr, which nothing reads, may still be auto
+            return StepSettings(weight_lr, keep_ratio=keep_ratio, progress=now / total)
         return StepSettings(
             weight_lr=weight_lr,
             score_lr=train.score_lr * learning_rate_factor(train.lr_policy, now, total, warmup),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,3 +212,10 @@ def test_a_run_keeps_what_was_chosen(program, capsys):
     assert "by training images" in said
     assert program("--resume", "--evaluate", *command, "--arch", "resnet8_he") == 0  # auto agrees with what is stored
     assert "test top-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["dense", "thin", "random", "l1"])
+def test_a_value_that_the_method_does_not_read_may_stay_auto(method, program, tmp_path):
+    file = tmp_path / "tiny.yaml"  # on the command line, what the method does not read is refused
+    file.write_text(re.sub("score_lr: .*", "score_lr: auto", file.read_text()))
+    assert program("--method", method, "--epochs", "1", "--no-finetune") == 0
