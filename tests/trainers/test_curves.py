@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -102,11 +103,19 @@ def parts(images, tmp_path_factory) -> Run:
     root, same = tmp_path_factory.mktemp("parts"), {"batch_seconds": 0.5, **SETTINGS}
     first = run(root, images, interrupt_at=STEPS + 2, **same)
     earlier = str(first.folder / "checkpoints/epoch_1.pt")
+    wait_for_the_next_second()
     second = run(root, images, "--resume", earlier, interrupt_at=2, **same)
+    wait_for_the_next_second()
     third = run(root, images, "--resume", interrupt_at=5, **same)
+    wait_for_the_next_second()
     assert [each.code for each in (first, second, third)] == [130] * 3
     (third.folder / "scores.npz").unlink()
     return run(root, images, "--resume", **same)
+
+
+def wait_for_the_next_second() -> None:
+    """TensorBoard reads the files of a run in the order of their names, which tell of time only the second."""
+    time.sleep(1 - time.time() % 1)
 
 
 def events_of(each: Run) -> EventAccumulator:
