@@ -61,6 +61,25 @@ def test_a_page_says_what_the_tables_say(page, num_tables, num_lists):
             assert row == {heading: by_name[row["row"]][heading] for heading in row}, name
 
 
+def test_the_step_times_on_a_gpu_are_those_of_their_record():
+    _, *steps = map(json.loads, (PROJECT / "results/gpu/steps.jsonl").read_text().splitlines())
+    [(_, rows)] = tables((PROJECT / "docs/speed.md").read_text(), "<!-- of results/gpu/steps.jsonl -->")
+    told = 0
+    for row in rows:
+        network = [step for step in steps if step["network"] == row["network"]]
+        masks, scores = row["residual masks"].replace("-", "free"), row["scores"]
+        for name in list(row)[4:]:
+            found = [step for step in network if step["step"] == name]
+            if not name.startswith("dense"):  # which masks do not concern
+                found = [s for s in found if (s["residual_masks"], s["scores"]) == (masks, scores)]
+                found = [s for s in found if str(s["keep_ratio"]) == row["keep"]]
+                told += len(found)
+            assert row[name] == (f"{found[0]['ms']:.1f}" if found else "not run yet"), (row, name)
+            assert len(found) <= 1
+    masked = [step for step in steps if not step["step"].startswith("dense") and step["step"] != "fixed shapes"]
+    assert told == len(masked) > 0
+
+
 def test_the_reading_tells_what_the_runs_with_an_unscaled_rate_came_to():
     """No row of the table has them any more; its record does."""
     runs = json.loads((PROJECT / "results/cifar.runs.json").read_text())["runs"]
