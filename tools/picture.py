@@ -52,8 +52,11 @@ def run(argv: Sequence[str] | None) -> None:
             f"{path} has no run of these rows; make them with `python -m tools.reproduce {arguments.table}`"
         )
     for row in dict.fromkeys(table.dense[row] for row in rows):
-        if not results.runs[row]:
-            raise UserError(f"{path} has no run of {row!r}, to which the training FLOPs are compared; make one")
+        if results.dense_epochs(row) is None:
+            raise UserError(
+                f"the training FLOPs are compared with those of {row!r}, of which {path} has no run and {table.path} "
+                "leaves the epochs auto; make one, or give its epochs"
+            )
     drawing = import_with_matplotlib("tools.picture_figure", "a picture")
     out = arguments.out or path.with_name(f"{table.path.stem}.svg")
     try:

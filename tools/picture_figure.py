@@ -36,7 +36,7 @@ class Point(NamedTuple):
 
 
 def draw(results: Results, rows: Sequence[str]) -> Figure:
-    """One row of panels for each dense row. Every one of `rows` and its dense row have a run."""
+    """One row of panels for each dense row. All of `rows` have runs, and the epochs of their dense rows are known."""
     table = results.table
     networks, drawn = list(dict.fromkeys(table.dense[row] for row in rows)), []
     has_seconds = any(results.values(row, "train_cpu_seconds") for row in rows)
@@ -50,7 +50,7 @@ def draw(results: Results, rows: Sequence[str]) -> Figure:
         figure.supxlabel(_about(results, rows), fontsize=8, color=GREY)
         for network, of_network in zip(networks, panels, strict=True):
             own = [row for row in rows if table.dense[row] == network]
-            epochs = max(results.values(network, "epochs").values())
+            epochs = results.dense_epochs(network)
             for axes, cost in zip(of_network, ("flops", "seconds"), strict=False):
                 label = f"training FLOPs, in % of {epochs:g} epochs of dense training"
                 drawn.append((axes, _panel(axes, results, own, cost, label)))

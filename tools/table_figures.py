@@ -10,9 +10,11 @@ from pathlib import Path
 from statistics import fmean, stdev, variance
 from typing import NamedTuple
 
+from args import config_from_dict
 from tools.table_record import Record, Run
 from tools.table_runs import Cell, TableRuns
 from tools.tables import Table
+from utils.options import AUTO
 
 # Two-sided 95 % quantiles of Student's t distribution for 1 to 30 degrees of freedom.
 T_95 = (
@@ -125,11 +127,18 @@ class Results:
         both = [seed for seed in both if self.runs[row][seed].machine == self.runs[other][seed].machine]
         return sum(ours[seed] for seed in both) / sum(theirs[seed] for seed in both) if both else None
 
+    def dense_epochs(self, row: str) -> float | None:
+        """Epochs of the dense row: of its runs, or, before there are any, by its options; None if a rule decides."""
+        dense = self.table.rows[self.table.dense[row]]
+        if epochs := self.values(dense.name, "epochs"):
+            return fmean(epochs.values())
+        config = config_from_dict(dense.options, dense.where)
+        return None if AUTO in (config.train.epochs, config.finetune.finetune_epochs) else config.total_epochs
+
     def train_flops_to_dense(self, row: str) -> float | None:
         """The mean over the seeds, against dense training for as many epochs as the dense row has."""
-        dense = self.values(self.table.dense[row], "epochs")
-        if not dense or not self.runs[row]:
+        epochs = self.dense_epochs(row)
+        if epochs is None or not self.runs[row]:
             return None
         # The ratio in a summary is to dense training for as many epochs as that run had.
-        epochs = fmean(dense.values())
         return fmean(run.facts["train_flops_ratio"] * run.facts["epochs"] / epochs for run in self.runs[row].values())

@@ -120,7 +120,16 @@ def test_training_flops_are_told_against_as_many_dense_epochs_as_the_dense_row_h
     results = by_hand(dense=dense, half=half)
     assert line_of(results, "half")["train_flops_to_dense"] == pytest.approx((6 / 12 * 0.5 + 24 / 12 * 0.25) / 2)
     assert line_of(results, "dense")["train_flops_to_dense"] == 1.25
-    assert line_of(by_hand(dense={}, half=half), "half")["train_flops_to_dense"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [({"epochs": 12, "finetune_epochs": 3}, 15), ({"epochs": 12, "finetune": False}, 12), ({"epochs": "auto"}, None)],
+)
+def test_without_a_dense_run_its_epochs_are_those_of_its_row(options, epochs):
+    results = by_hand(dense={}, half={0: {"epochs": 6, "train_flops_ratio": 0.5}})
+    results.table.rows["dense"].options.update(options, method="dense")
+    assert line_of(results, "half")["train_flops_to_dense"] == (epochs and pytest.approx(6 / epochs * 0.5))
 
 
 def test_every_figure_stands_under_its_heading(make):
