@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from tools.picture_labels import Box, Mark, places
 from tools.report_figures import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, STYLE, YELLOW
@@ -93,7 +93,8 @@ def _panel(axes: Axes, results: Results, rows: Sequence[str], cost: str, flops_l
         if half is not None:
             axes.errorbar(x, y, half, fmt="none", ecolor=colour, elinewidth=1.1, capsize=2.5)
         axes.plot([x], [y], "o", color=colour, markersize=POINT, zorder=3)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(color=PALE, linewidth=0.5)
