@@ -135,10 +135,14 @@ class Results:
         config = config_from_dict(dense.options, dense.where)
         return None if AUTO in (config.train.epochs, config.finetune.finetune_epochs) else config.total_epochs
 
-    def train_flops_to_dense(self, row: str) -> float | None:
-        """The mean over the seeds, against dense training for as many epochs as the dense row has."""
-        epochs = self.dense_epochs(row)
-        if epochs is None or not self.runs[row]:
+    def train_flops_to_dense(self, row: str, name: str = "train_flops_ratio") -> float | None:
+        """The mean over the seeds, against dense training for as many epochs as the dense row has.
+
+        Args:
+            name: of the FLOPs in the summary; "train_flops_executed" counts padding too.
+        """
+        epochs, own_epochs, ratios = self.dense_epochs(row), self.values(row, "epochs"), self.values(row, name)
+        if epochs is None or not ratios:
             return None
         # The ratio in a summary is to dense training for as many epochs as that run had.
-        return fmean(run.facts["train_flops_ratio"] * run.facts["epochs"] / epochs for run in self.runs[row].values())
+        return fmean(ratio * own_epochs[seed] / epochs for seed, ratio in ratios.items())

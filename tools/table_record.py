@@ -25,7 +25,7 @@ RESULTS_FOLDER = Path("results")
 # These options change no number of a run. The seed does, but it stands beside the hash.
 NO_NUMBERS = {*DECIDED_ELSEWHERE, "print_freq", "save_every", "test_every", "workers"}
 OTHER_NUMBERS = ("flops_ratio", "params_kept", "train_flops_ratio", "train_seconds", "epochs")  # beside the accuracy
-LATER_NUMBERS = ("train_cpu_seconds",)  # which runs of older versions do not have
+LATER_NUMBERS = ("train_cpu_seconds", "train_flops_executed")  # which runs of older versions do not have
 HARDWARE = ("cpu", "cpu_capability", "gpu", "num_threads")  # decides how long a run takes
 FACTS = (*HARDWARE, "torch", "git_commit", "git_dirty", "data_fingerprint")  # recorded beside the numbers
 ENTRY = ("row", "seed", "config", "alone", "date", "started")  # how a recorded run begins, its facts follow
@@ -137,6 +137,7 @@ def read_run(folder: Path, alone: bool, table: Table, defaults: Mapping[str, Any
         date = f"{datetime.fromtimestamp((folder / 'summary.json').stat().st_mtime, UTC):%Y-%m-%d}"
         # Never the test accuracy, if held-out images judge.
         numbers = dict.fromkeys((table.accuracy, "heldout_top1", *OTHER_NUMBERS, *LATER_NUMBERS))
+        summary.setdefault("train_flops_executed", summary.get("train_flops_ratio_padded"))  # its name in older runs
         facts = {name: summary[name] for name in numbers if summary.get(name) is not None}
         facts |= {name: environment[name] for name in FACTS if environment.get(name) is not None}
     elif not (folder / "checkpoints" / "last.pt").is_file():

@@ -22,19 +22,23 @@ COLUMNS = {  # column of the CSV file, with the judge in front where it begins w
     "flops_ratio": ("inference FLOPs", "{:.1%}"),
     "params_kept": ("params kept", "{:.1%}"),
     "train_flops_to_dense": ("training FLOPs to dense", "{:.1%}"),
+    "train_executed_to_dense": ("with padding", "{:.1%}"),
     "train_seconds_to_dense": ("training seconds to dense", "{:.1%}"),
     "train_cpu_seconds": ("processor seconds", "{:.0f}"),
     "train_cpu_seconds_ratio": ("processor seconds to {partner}", "{:.1%}"),
     "seeds": ("seeds", "{}"),
     "config_hash": None,
 }
-SECONDS = ("train_seconds_to_dense", "train_cpu_seconds", "train_cpu_seconds_ratio")  # left out where no row has them
+# Left out where no row has them.
+OPTIONAL = ("train_executed_to_dense", "train_seconds_to_dense", "train_cpu_seconds", "train_cpu_seconds_ratio")
 LEGEND = """\
 Means over the seeds; sd: standard deviation (n - 1); minus dense: mean of the differences seed by seed, in points, over
 all seeds of the row, or over those in brackets. Inference FLOPs and params kept: of the network that is left, against
 the whole one. Training FLOPs: everything that was computed, against dense training for as many epochs as the dense row
 has."""
-SECONDS_LEGEND = {
+OPTIONAL_LEGEND = {
+    "train_executed_to_dense": "With padding: the same with the zero channels that are computed so that sizes suit the "
+    "processor.",
     "train_seconds_to_dense": "Training seconds: of training steps, measured in runs of seed {seed} that ran alone, "
     "each against a dense one on the same machine.",
     "train_cpu_seconds": "Processor seconds: of training steps, all threads of the main process together.",
@@ -63,6 +67,7 @@ def line_of(results: Results, name: str) -> Line:
         line["_top1_minus_dense"] = fmean(differences.values())
         line["minus_dense_seeds"] = _seeds(differences)
     line["train_flops_to_dense"] = results.train_flops_to_dense(name)
+    line["train_executed_to_dense"] = results.train_flops_to_dense(name, "train_flops_executed")
     if seconds := results.values(name, "train_cpu_seconds"):
         line["train_cpu_seconds"] = fmean(seconds.values())
     line["train_cpu_seconds_ratio"] = results.processor_ratio(name)
@@ -131,7 +136,7 @@ def write_report(results: Results, record: Record) -> Path:
 def markdown(results: Results, lines: Sequence[Line]) -> str:
     """The report; its last part, the reading, states the differences of `primary` and `compare` and nothing else."""
     table, images = results.table, IMAGES[results.table.judge]
-    there = [key for key in COLUMNS if key not in SECONDS or any(line[key] is not None for line in lines)]
+    there = [key for key in COLUMNS if key not in OPTIONAL or any(line[key] is not None for line in lines)]
     words = {"seed": table.seeds[0], "partner": " or ".join(dict.fromkeys(table.seconds_of.values()))}
     columns = {key: COLUMNS[key] for key in there if COLUMNS[key] is not None}
     headings = [f"{images} {heading}" if key == "_top1" else heading for key, (heading, _) in columns.items()]
@@ -139,7 +144,7 @@ def markdown(results: Results, lines: Sequence[Line]) -> str:
     cells += [[_cell(line, key, form) for key, (_, form) in columns.items()] for line in lines]
     text = [f"# {table.title}", "", *([table.note, ""] if table.note else [])]
     text += [f"| {' | '.join(row)} |" for row in cells]
-    legend = [LEGEND, *(SECONDS_LEGEND[key].format(**words) for key in SECONDS if key in there), *_pooled(results)]
+    legend = [LEGEND, *(OPTIONAL_LEGEND[key].format(**words) for key in OPTIONAL if key in there), *_pooled(results)]
     text += ["", " ".join(legend).replace("\n", " "), "", *_origin(results)]
     return "\n".join([*text, *_reading(results)]) + "\n"
 

@@ -42,6 +42,7 @@ TAGS = {  # column of results.csv -> curve with a point at the end of every epoc
     "forward_flops_ratio_mean": "flops/forward_ratio_running_mean",
     "subnet_flops_ratio": "flops/subnet_ratio",
     "train_flops_ratio": "flops/train_ratio",
+    "train_flops_executed": "flops/train_executed",
     "weight_lr": "lr/weights",
     "score_lr": "lr/scores",
     "images_per_second": "perf/images_per_second",
@@ -60,6 +61,7 @@ PAGES = {
         "budget": ["sparsity/budget"],
         "FLOPs of the subnet, of dense": ["flops/subnet_ratio"],
         "training FLOPs so far, of dense": ["flops/train_ratio"],
+        "the same with padding": ["flops/train_executed"],
         "phase: 0 search, 1 fine-tuning": ["progress/phase"],
     },
     "One run": {  # several quantities a chart: select a single run on the left

@@ -90,6 +90,7 @@ class Reporter:
             "forward_flops_ratio_mean": run.ledger.mean_forward_ratio,
             "subnet_flops_ratio": network.subnet_macs(plan) / network.dense_macs,
             "train_flops_ratio": run.ledger.train_flops_ratio,
+            "train_flops_executed": run.ledger.padded_train_flops_ratio,
             "weight_lr": settings.weight_lr,
             "images_per_second": run.sums.count / seconds,
             "step_ms": 1000 * seconds * run.batch_size(self.config) / run.sums.count,

@@ -50,7 +50,7 @@ def summarise(run: RunState, config: Config, data: DataSplits, folder: Path) -> 
         "flops_ratio": network.subnet_macs(plan) / network.dense_macs,
         "flops_ratio_padded": network.padded_macs(plan) / network.dense_macs,
         "train_flops_ratio": run.ledger.train_flops_ratio,
-        "train_flops_ratio_padded": run.ledger.padded_train_flops_ratio,
+        "train_flops_executed": run.ledger.padded_train_flops_ratio,
         "params_kept": network.subnet_parameters(plan) / network.dense_parameters,
         "units_kept": None if dense else float(best.subnet.mask_U.mean()),
         "train_seconds": run.train_seconds,
@@ -131,7 +131,7 @@ def result_lines(summary: dict[str, Any], config: Config) -> list[str]:
     )
     lines["training FLOPs"] = (
         f"{percent(s['train_flops_ratio'])} of dense training for as many epochs, "
-        f"{percent(s['train_flops_ratio_padded'])} with padding"
+        f"{percent(s['train_flops_executed'])} with padding"
     )
     rest = s["seconds"] - s["train_seconds"]
     lines["time"] = (

@@ -67,6 +67,7 @@ summary = {
     "flops_ratio": 1.0 if dense else kept**2 + seed / 1024,
     "params_kept": kept,
     "train_flops_ratio": kept,
+    "train_flops_executed": 1.5 * kept,
     "train_seconds": 100.0 * kept if cpu == "Abacus" else 80.0 * kept + 20,
     "epochs": options["epochs"],
 }

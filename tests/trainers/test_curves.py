@@ -55,6 +55,7 @@ CURVES = {  # column of results.csv -> curve in TensorBoard
     "forward_flops_ratio_mean": "flops/forward_ratio_running_mean",
     "subnet_flops_ratio": "flops/subnet_ratio",
     "train_flops_ratio": "flops/train_ratio",
+    "train_flops_executed": "flops/train_executed",
     "weight_lr": "lr/weights",
     "score_lr": "lr/scores",
     "images_per_second": "perf/images_per_second",

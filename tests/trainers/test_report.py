@@ -158,9 +158,9 @@ def test_the_summary_knows_where_the_result_is_from_and_what_the_last_epoch_has(
 
 def test_training_flops_are_told_without_and_with_padding(done):
     ledger = done.load("last.pt")["ledger"]
-    for name, key in (("executed", "train_flops_ratio"), ("padded", "train_flops_ratio_padded")):
+    for name, key in (("executed", "train_flops_ratio"), ("padded", "train_flops_executed")):
         assert done.summary[key] == ledger[name] / ledger["dense"]
-    assert done.summary["train_flops_ratio"] < done.summary["train_flops_ratio_padded"]
+    assert done.summary["train_flops_ratio"] < done.summary["train_flops_executed"]
 
 
 def test_parameters_kept_are_those_of_the_thin_network(images, tmp_path):

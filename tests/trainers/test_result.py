@@ -27,7 +27,7 @@ SUMMARY = {
     "flops_ratio": 0.123,
     "flops_ratio_padded": 0.145,
     "train_flops_ratio": 0.456,
-    "train_flops_ratio_padded": 0.478,
+    "train_flops_executed": 0.478,
     "params_kept": 0.234,
     "units_kept": 0.299,
     "train_seconds": 3700.0,
