@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: the package {error.name} is not installed; run `python -m pip install -r requirements.txt`")
 from utils.errors import RankError, UserError
 from utils.ranks.launch import num_started, only_first_rank_speaks, rank_here
+from utils.run.memory import keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +42,7 @@ def _run(argv: Sequence[str] | None) -> int:
         from utils.run.progress import announce
 
         announce("the options are read, starting PyTorch")
+    keep_freed_memory()
     from trainers.session import Session  # torch takes seconds to import: only once the options are known good
 
     return Session(arguments, ["main.py", *(sys.argv[1:] if argv is None else argv)]).start()

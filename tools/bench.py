@@ -44,6 +44,7 @@ from utils.channels.plan import preferred_multiple
 from utils.errors import UserError
 from utils.run import checkpoint
 from utils.run.folder import resolve_run
+from utils.run.memory import keep_freed_memory
 from utils.run.metrics import Cost
 
 NETWORKS = ("dense", "compact", "thin")  # in the order of their steps
@@ -345,6 +346,7 @@ def report(figures: Mapping[str, Any]) -> str:
 
 def run(argv: Sequence[str]) -> None:
     settings, config = read_command_line(argv)
+    keep_freed_memory()  # as main.py does
     device = find_device(config)
     shapes = SimpleNamespace(image_size=settings.input_size, num_classes=settings.num_classes, channels=3)
     bench = Bench(config, shapes, settings.scores, device, settings.multiple)
