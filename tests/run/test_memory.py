@@ -19,7 +19,6 @@ import sys
 from utils.run.memory import keep_freed_memory
 
 done = keep_freed_memory() if sys.argv[1] == "kept" else None
-import torch
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -27,7 +26,7 @@ def faults():
 counts = []
 for _ in range(31):  # the first ones find no freed block of this size
     before = faults()
-    torch.ones(16_000_000)  # 64 MB, above the 32 MB up to which glibc adapts by itself
+    b"x" * 64_000_000  # above the 32 MB up to which glibc adapts by itself
     counts.append(faults() - before)
 print(sorted(counts[20:])[5], done)
 """
