@@ -10,15 +10,14 @@ from tests.gpu import test_steps as on_a_card
 
 # Where a step waits today. One wait is intended, that for the masks that the step before has drawn.
 MASKS = {"trainers/state.py plans": 1}
-COST = {"utils/algorithm/projection.py project_onto_cost": 3}  # the projection runs on the host
-TANGENT = {"utils/channels/budget.py remove_normal_": 2}  # so does the slope of the cost
-GATES = {"utils/channels/norms.py read": 1}  # the mask goes to the device
+COST = {"utils/algorithm/projection.py project_onto_cost": 1}  # the projection runs on the host
+TANGENT = {"utils/channels/budget.py remove_normal_": 1}  # so does the slope of the cost
 # Each of 2 passes sends a mask to each of 18 layers, and reads it in each of them.
 LEAK = {"utils/channels/network.py _masks_of": 36, "utils/conv_type.py forward": 36}
 
 WAITS = {
-    "best_resnet20": {**MASKS, **COST, **TANGENT, **GATES},
-    "best_resnet8": {**MASKS, **COST, **TANGENT, **GATES},
+    "best_resnet20": {**MASKS, **COST, **TANGENT},
+    "best_resnet8": {**MASKS, **COST, **TANGENT},
     "best_vgg16_quarter": {**MASKS, **COST},
     "cifar100_resnet20": MASKS,
     "cifar100_resnet32": MASKS,
@@ -30,13 +29,13 @@ WAITS = {
     "cifar10_vgg16": MASKS,
     "cifar10_wrn28_10": MASKS,
     "config": MASKS,
-    "early_vgg16_quarter": {**MASKS, **COST, **TANGENT, **GATES},
+    "early_vgg16_quarter": {**MASKS, **COST, **TANGENT},
     "imagenet_mobilenet_v1": MASKS,
     "imagenet_resnet50": MASKS,
     "own_images": {**MASKS, **COST},
     "quickstart": MASKS,
     "released": {**MASKS, **LEAK},
-    "shrink_pretrained": {**MASKS, **COST, **TANGENT, **GATES},
+    "shrink_pretrained": {**MASKS, **COST, **TANGENT},
 }
 
 
@@ -51,9 +50,9 @@ def test_a_step_waits_where_it_is_known_to_wait(recipe):
 
 
 def test_a_step_copies_its_masks_to_the_host_and_their_channel_lists_to_the_device():
-    """Today one copy for each of two masks, from pageable memory."""
+    """Today one copy for each of two masks."""
     copies = [(c.place, c.to_device, c.pinned, c.blocking) for c in steps_of(CUDA, "cifar10_resnet20").copies]
-    lists = ("utils/channels/plan.py make_plan", True, False, False)
+    lists = ("utils/algorithm/transfer.py sent_to", True, True, False)
     assert copies == [lists, lists, ("trainers/default.py stored_masks", False, True, False)]
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.algorithm.transfer import sent_to
+
 TOLERANCE = 1e-6  # of the budget
 SETTLED = 1e-3  # change of a score in the last round; what is left to go is far less
 FULL_ROUNDS, MAX_ROUNDS = 10, 30
@@ -101,6 +103,10 @@ def project_onto_cost(scores_U: Tensor, cost: Cost, budget: float, spend: bool =
     """
     if not cost.fixed <= budget:
         raise ValueError(f"budget must be at least {cost.fixed} (what is always there costs as much), got {budget}")
+
+    def like_scores(values: Tensor) -> Tensor:
+        return sent_to(values.to(scores_U.dtype), scores_U.device)
+
     z_U = scores_U.detach().double().cpu()  # a few thousand numbers and a decision every round: no work for a GPU
     boxed_U = point_U = z_U.clamp(0, 1)
     spent, slope_U = _tangent(cost, point_U)
@@ -108,9 +114,9 @@ def project_onto_cost(scores_U: Tensor, cost: Cost, budget: float, spend: bool =
     if spent < budget and spend:
         most_U = (z_U > 0).double()
         if not cost(most_U.numpy()) > budget:
-            return most_U.to(scores_U), scores_U.new_zeros(())
+            return like_scores(most_U), scores_U.new_zeros(())
     elif not spent > budget:  # nor with scores of a run that has diverged, which ends by its loss
-        return boxed_U.to(scores_U), scores_U.new_zeros(())
+        return like_scores(boxed_U), scores_U.new_zeros(())
     for number in range(MAX_ROUNDS):
         unit = float(slope_U.mean()) or 1.0
         weights_U = slope_U / unit
@@ -127,7 +133,7 @@ def project_onto_cost(scores_U: Tensor, cost: Cost, budget: float, spend: bool =
             spent, slope_U = _tangent(cost, point_U)
     else:
         result_U = _between(most_U, result_U, cost, budget)
-    return result_U.to(scores_U), v.to(scores_U)
+    return like_scores(result_U), like_scores(v)
 
 
 def _tangent(cost: Cost, point_U: Tensor) -> tuple[float, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.algorithm.projection import project_onto_budget, project_onto_cost
+from utils.algorithm.transfer import sent_to
 from utils.channels.cost import ExpectedCost, constant_score
 from utils.channels.network import SparseNetwork
 from utils.channels.subnet import best_within_budget, best_within_cost
@@ -71,7 +72,8 @@ class Budget:
         if cost is not None:
             spent, normal = cost.with_gradient(scores_U.double().cpu().numpy())
             is_spent = spent >= TIGHT * keep_ratio * cost.dense
-            normals = [torch.from_numpy(normal).to(gradient_U) * free_U * is_spent]
+            normal_U = sent_to(torch.from_numpy(normal).to(gradient_U.dtype), gradient_U.device)
+            normals = [normal_U * free_U * is_spent]
         else:
             normals = [torch.zeros_like(gradient_U) for _ in self.groups]
             for normal_U, group in zip(normals, self.groups, strict=True):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from utils.algorithm.estimators.base import Gates
 from utils.algorithm.estimators.taylor import gate_gradients
+from utils.algorithm.transfer import sent_to
 from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
 from utils.errors import UserError
@@ -109,5 +110,5 @@ class GateReader:
         gradients_U = torch.zeros_like(self.network.scores.detach())
         for norm, units, channels in self.places:
             gradients_U[units] += gate_gradients(norm)[channels].to(gradients_U.dtype)  # tied layers share units
-        observed_U = torch.from_numpy(plan.mask_U & self.readable_U).to(self.network.device)
+        observed_U = sent_to(torch.from_numpy(plan.mask_U & self.readable_U), self.network.device)
         return Gates(gradients_U, observed_U, num_images)

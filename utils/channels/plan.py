@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.algorithm.transfer import sent_to
 from utils.channels.graph import ChannelGraph
 
 
@@ -84,7 +85,7 @@ def make_plan(
     arrays = [array for array in index if array is not None] + list(positions.values())
     sizes = [len(array) for array in arrays]
     packed = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)
-    on_device = iter(torch.from_numpy(packed).to(device, non_blocking=True).split(sizes))
+    on_device = iter(sent_to(torch.from_numpy(packed), device).split(sizes))
     return Plan(
         mask_U=mask_U,
         live=live,
