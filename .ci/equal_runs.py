@@ -35,6 +35,7 @@ CLOCKS = {
     "data_seconds",
     "seconds",
     "train_seconds",
+    "train_cpu_seconds",
     "run",
     "device",
 }
