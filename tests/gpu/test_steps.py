@@ -80,9 +80,8 @@ FLOWS = [
     {"method": "slimming"},
     {"method": "coin"},
     {"method": "gumbel"},
-    {
-        "estimator": "linear_cv_gates"
-    },  # this one and the next waited when a card was there; the emulated one says no more
+    # These two waited when a card was there. On the emulated device they no longer do.
+    {"estimator": "linear_cv_gates"},
     {"estimator": "taylor"},
 ]
 # Each reads a tensor on the host, or sends one to the GPU and waits until it is there.

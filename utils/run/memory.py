@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
     """Lets glibc keep freed memory for the next training step.
 
     By default it hands large blocks back to the system as soon as they are freed, and the next step gets them anew,
-    page by page and zeroed. A step allocates the same activations again and again, so this costs 5,000 to 27,000 page
+    page by page and zeroed. A step allocates the same activations again and again, so this costs 6,000 to 27,000 page
     faults a step on a CPU, a tenth to a fifth of its time. The process keeps 1 to 2 % more memory. Call it before the
     first tensor is made. Does nothing where the environment sets options of malloc, or where there is no glibc.
 
