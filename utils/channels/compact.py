@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from utils.channels.graph import ChannelGraph, Op, columns_of
 from utils.channels.plan import Plan
+from utils.channels.vectors import Norms, NormPass
 from utils.conv_type import conv2d
 
 
@@ -43,16 +44,22 @@ class GradientBuffers:
 
     def clear(self, weights: Iterable[Tensor]) -> None:
         """Sets gradients to zero: those held here in place, others to None."""
+        held = []
         for weight in weights:
             if weight.grad is not None and weight.grad is self._buffers.get(weight):
-                weight.grad.zero_()
+                held.append(weight.grad)
             else:
                 weight.grad = None
                 self._buffers.pop(weight, None)
+        if held:
+            torch._foreach_zero_(held)
 
 
 class _GatherWeight(torch.autograd.Function):
-    """weight[outputs][:, inputs], padded with zeros to a given size; the backward adds to `weight.grad` itself."""
+    """weight[outputs][:, inputs] with rows that are not alive set to zero, padded with zeros to a given size.
+
+    The backward adds to `weight.grad` itself.
+    """
 
     @staticmethod
     def forward(
@@ -60,11 +67,12 @@ class _GatherWeight(torch.autograd.Function):
         weight: Tensor,
         outputs: Tensor | None,
         inputs: Tensor | None,
+        alive: Tensor | None,
         num_rows: int,
         num_columns: int,
         buffers: GradientBuffers,
     ) -> Tensor:
-        ctx.save_for_backward(outputs, inputs)
+        ctx.save_for_backward(outputs, inputs, alive)
         ctx.weight, ctx.buffers = weight, buffers
         # Inputs vary fastest in memory (channels_last), so that is the order to gather and to write in.
         memory = weight.movedim(1, -1)
@@ -72,6 +80,8 @@ class _GatherWeight(torch.autograd.Function):
             memory = memory.index_select(0, outputs)
         if inputs is not None:
             memory = memory.index_select(-1, inputs)
+        if alive is not None:
+            memory = memory * alive.view(-1, *[1] * (memory.dim() - 1))
         rows, columns = memory.shape[0], memory.shape[-1]
         ctx.live = (rows, columns)
         if (rows, columns) != (num_rows, num_columns):
@@ -82,17 +92,13 @@ class _GatherWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        outputs, inputs = ctx.saved_tensors
+        outputs, inputs, alive = ctx.saved_tensors
         rows, columns = ctx.live
-        ctx.buffers.add_(ctx.weight, outputs, inputs, grad[:rows, :columns])
-        return (None,) * 6
-
-
-def gather_vector(vector: Tensor, live: Tensor | None, size: int, fill: float = 0.0) -> Tensor:
-    """vector[live] (None: all of it), filled up to the given size."""
-    if live is not None:
-        vector = vector.index_select(0, live)
-    return vector if len(vector) == size else F.pad(vector, (0, size - len(vector)), value=fill)
+        grad = grad[:rows, :columns]
+        if alive is not None:
+            grad = grad * alive.view(-1, *[1] * (grad.dim() - 1))
+        ctx.buffers.add_(ctx.weight, outputs, inputs, grad)
+        return (None,) * 7
 
 
 def _zeros(images: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -118,13 +124,20 @@ class CompactForward:
     def __init__(self, graph: ChannelGraph) -> None:
         self.graph = graph
         self.gradients = GradientBuffers()
-        last_reader: dict[int, int] = {}
+        self._norms = Norms(graph)
+        readers: dict[int, list[int]] = {}
         for position, op in enumerate(graph.ops):
             for operand in op.inputs:
-                last_reader[operand] = position
+                readers.setdefault(operand, []).append(position)
         self._free_after: list[list[int]] = [[] for _ in graph.ops]
-        for operand, reader in last_reader.items():
-            self._free_after[reader].append(operand)
+        for operand, positions in readers.items():
+            self._free_after[positions[-1]].append(operand)
+        # whatever a slot without a channel holds there, the batch-norms make it zero
+        self._only_normed = {
+            graph.ops[operand].node
+            for operand, positions in readers.items()
+            if all(graph.ops[position].kind == "norm" for position in positions)
+        }
 
     def __call__(self, images: Tensor, plan: Plan, update_statistics: bool = True) -> Tensor:
         """Logits of the network under a plan.
@@ -134,16 +147,16 @@ class CompactForward:
             update_statistics: whether a training pass moves the running statistics of the kept channels.
         """
         results: list[Tensor | None] = []
+        norms = NormPass(self._norms, plan, update_statistics)
         for op, finished in zip(self.graph.ops, self._free_after, strict=True):
             operands = [results[i] for i in op.inputs]
-            results.append(self._run(op, operands, images, plan, update_statistics))
+            results.append(self._run(op, operands, images, plan, norms))
             for operand in finished:
                 results[operand] = None
+        norms.finish()
         return results[-1]
 
-    def _run(
-        self, op: Op, operands: list[Tensor | None], images: Tensor, plan: Plan, update_statistics: bool
-    ) -> Tensor | None:
+    def _run(self, op: Op, operands: list[Tensor | None], images: Tensor, plan: Plan, norms: NormPass) -> Tensor | None:
         if op.kind == "input":
             return images
         if op.kind == "output":
@@ -161,28 +174,23 @@ class CompactForward:
         if op.kind == "depthwise":
             return self._depthwise(op, operands[0], plan)
         if op.kind == "norm":
-            return self._norm(op, operands[0], plan, update_statistics)
+            return norms(op, operands[0])
         return self._pointwise(op, operands[0])
 
     def _conv(self, op: Op, x: Tensor | None, images: Tensor, plan: Plan) -> Tensor | None:
         conv: nn.Conv2d = op.module
-        outputs, num_outputs = plan.index[op.space], plan.widths[op.space]
-        if num_outputs == 0:
+        if plan.widths[op.space] == 0:
             return None
-        bias = None if conv.bias is None else gather_vector(conv.bias, outputs, num_outputs)
+        bias = self._bias(op, plan)
         if x is None:  # torch has no convolution of zero channels; it would be the bias alone
-            zeros = _zeros(images, (num_outputs, *op.shape[1:]))
+            zeros = _zeros(images, (plan.widths[op.space], *op.shape[1:]))
             return zeros if bias is None else zeros + bias.to(zeros.dtype).view(-1, 1, 1)
         source = self.graph.ops[op.inputs[0]].space
-        weight = self._gathered(conv.weight, outputs, plan.index[source], num_outputs, plan.widths[source])
-        return conv2d(conv, x, weight, bias)
+        return conv2d(conv, x, self._weight(op, plan, plan.index[source], plan.widths[source]), bias)
 
     def _depthwise(self, op: Op, x: Tensor, plan: Plan) -> Tensor:
-        """A filter per live channel; those of padding are zero."""
-        conv: nn.Conv2d = op.module
-        live, width = plan.index[op.space], plan.widths[op.space]
-        bias = None if conv.bias is None else gather_vector(conv.bias, live, width)
-        return conv2d(conv, x, self._gathered(conv.weight, live, None, width, 1), bias)
+        """A filter per slot; those of slots without a live channel are zero."""
+        return conv2d(op.module, x, self._weight(op, plan, None, 1), self._bias(op, plan))
 
     def _linear(self, op: Op, x: Tensor | None, images: Tensor, plan: Plan) -> Tensor:
         linear: nn.Linear = op.module
@@ -193,37 +201,31 @@ class CompactForward:
         columns, per_channel = plan.index[source], self.graph.columns_per_channel(op)
         if columns is not None:
             columns = columns_of(columns, per_channel)
-        weight = self._gathered(linear.weight, None, columns, linear.out_features, plan.widths[source] * per_channel)
-        return F.linear(x, weight, linear.bias)
+        return F.linear(x, self._weight(op, plan, columns, plan.widths[source] * per_channel), linear.bias)
 
-    def _gathered(
-        self, weight: Tensor, outputs: Tensor | None, inputs: Tensor | None, num_rows: int, num_columns: int
-    ) -> Tensor:
-        """weight[outputs][:, inputs] (None: all of them), with zero rows and columns up to the given size."""
-        if outputs is None and inputs is None and weight.shape[:2] == (num_rows, num_columns):
+    def _weight(self, op: Op, plan: Plan, inputs: Tensor | None, num_columns: int) -> Tensor:
+        """The weight of a layer for the slots of a plan.
+
+        Args:
+            inputs: the columns that it reads (None: all of them), filled up with zeros to `num_columns`.
+        """
+        weight, outputs, num_rows = op.module.weight, plan.index[op.space], plan.widths[op.space]
+        alive = None if op.node in self._only_normed else plan.alive[op.space]
+        if outputs is None and inputs is None and alive is None and weight.shape[:2] == (num_rows, num_columns):
             return weight
-        return _GatherWeight.apply(weight, outputs, inputs, num_rows, num_columns, self.gradients)
+        return _GatherWeight.apply(weight, outputs, inputs, alive, num_rows, num_columns, self.gradients)
 
-    def _norm(self, op: Op, x: Tensor, plan: Plan, update_statistics: bool) -> Tensor:
-        norm: nn.BatchNorm2d = op.module
-        live, width = plan.index[op.space], plan.widths[op.space]
-        # scale and shift of padding are 0: whatever the statistics say, it leaves as zero
-        weight, bias = (gather_vector(parameter, live, width) for parameter in (norm.weight, norm.bias))
-        if norm.training and not update_statistics:
-            return F.batch_norm(x, None, None, weight, bias, training=True, eps=norm.eps)
-        mean = gather_vector(norm.running_mean, live, width)
-        var = gather_vector(norm.running_var, live, width, fill=1.0)
-        if not norm.training:
-            return F.batch_norm(x, mean, var, weight, bias, eps=norm.eps)
-        if mean is norm.running_mean:  # autograd keeps what it is given, and a second pass would change it
-            mean, var = mean.clone(), var.clone()
-        y = F.batch_norm(x, mean, var, weight, bias, True, norm.momentum, norm.eps)
-        for own, moved in ((norm.running_mean, mean), (norm.running_var, var)):
-            if live is None:
-                own.copy_(moved[: len(own)])
-            else:
-                own.index_copy_(0, live, moved[: len(live)])
-        return y
+    def _bias(self, op: Op, plan: Plan) -> Tensor | None:
+        """The bias of a convolution for the slots of a plan, 0 where there is no live channel."""
+        bias, index, alive = op.module.bias, plan.index[op.space], plan.alive[op.space]
+        if bias is None:
+            return None
+        if index is not None:
+            bias = bias.index_select(0, index)
+        if alive is not None:
+            bias = bias * alive
+        missing = plan.widths[op.space] - len(bias)
+        return F.pad(bias, (0, missing)) if missing else bias
 
     def _pointwise(self, op: Op, x: Tensor) -> Tensor:
         node = op.node
@@ -252,12 +254,12 @@ class CompactForward:
         return total
 
     def _concat(self, op: Op, operands: list[Tensor | None], plan: Plan) -> Tensor | None:
-        """Live channels side by side, padding behind all of them. Always a new tensor."""
-        counts = [plan.counts[self.graph.ops[i].space] for i in op.inputs]
-        parts = [x[:, :count] for x, count in zip(operands, counts, strict=True) if x is not None]
+        """Filled slots side by side, padding behind all of them. Always a new tensor."""
+        filled = [plan.filled[self.graph.ops[i].space] for i in op.inputs]
+        parts = [x[:, :count] for x, count in zip(operands, filled, strict=True) if x is not None]
         if not parts:
             return None
-        if missing := plan.widths[op.space] - sum(counts):
+        if missing := plan.widths[op.space] - sum(filled):
             shape = (len(parts[0]), missing, *op.shape[1:])
             parts.append(parts[0].new_zeros(shape).contiguous(memory_format=torch.channels_last))
         return torch.cat(parts, dim=1)

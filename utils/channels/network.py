@@ -13,7 +13,7 @@ from utils.algorithm.masks import keep_one_unit
 from utils.channels.compact import CompactForward
 from utils.channels.cost import ExpectedCost
 from utils.channels.graph import ChannelGraph
-from utils.channels.plan import Plan, make_plan, preferred_multiple
+from utils.channels.plan import Plan, make_plan, on_device, preferred_multiple
 from utils.conv_type import VRPGE, SubnetBatchNorm, SubnetConv, subnet_convs
 
 
@@ -33,7 +33,7 @@ class SparseNetwork:
     Attributes:
         scores: (U,) flat parameter; the `scores` of each layer are views of it.
         stored_units: (U,) bool: units whose parameters still exist; all of them until the network shrinks.
-        stored: the same per space of the graph; None while all are stored.
+        stored: the same per space of the graph.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SparseNetwork:
         self.device = next(model.parameters()).device
         self.multiple = preferred_multiple(self.device) if multiple is None else multiple
         self.stored_units = np.ones(self.num_units, dtype=bool)
-        self.stored: list[np.ndarray] | None = None
+        self.stored = [np.ones(space.width, dtype=bool) for space in self.graph.spaces]
         self._compact = CompactForward(self.graph)
         self._costs: dict[str, ExpectedCost] = {}
         self.dense_plan = self.plan(self.stored_units)
@@ -104,7 +104,7 @@ class SparseNetwork:
         None where the shifts of dropped channels leak through an empty layer.
         """
         groups = [] if self.execution == "released" else self.graph.vital_groups
-        return groups if self.stored is None else [group[self.stored_units[group]] for group in groups]
+        return [group[self.stored_units[group]] for group in groups]
 
     def plan(self, mask_U: np.ndarray) -> Plan:
         """The channels of a pass under a drawn mask, the layer guard applied (see `keep_one_unit`).
@@ -114,7 +114,8 @@ class SparseNetwork:
         """
         mask_U = keep_one_unit(mask_U, self.scores, self.vital_groups)
         assert not (mask_U & ~self.stored_units).any(), "a mask keeps units that have left the parameters"
-        return make_plan(self.graph, mask_U, self.device, self.multiple, self.stored)
+        plan = make_plan(self.graph, mask_U, self.multiple, self.stored)
+        return on_device([plan], self.device)[0]
 
     def __call__(self, images: Tensor, plan: Plan, update_statistics: bool = True) -> Tensor:
         """Logits (B, classes) under a plan, in float32 or wider; train or eval mode is the model's.

@@ -55,9 +55,7 @@ def norms_behind(network: SparseNetwork) -> dict[str, NormBehind]:
 def stored_places(network: SparseNetwork, name: str, norm: NormBehind) -> tuple[np.ndarray, np.ndarray]:
     """Where the channels of a maskable layer are that its batch-norm still has: their units, and their rows in it."""
     width, first_unit = network.layers[name].out_channels, network.graph.first_unit[name]
-    stored_C = np.ones(network.graph.spaces[norm.space].width, dtype=bool)
-    if network.stored is not None:
-        stored_C = network.stored[norm.space]
+    stored_C = network.stored[norm.space]
     channels = np.flatnonzero(stored_C[norm.first_channel : norm.first_channel + width])
     before = int(stored_C[: norm.first_channel].sum())
     return first_unit + channels, before + np.arange(len(channels))

@@ -178,8 +178,7 @@ class _Writer:
 
     def _stored(self, space: int, channels: np.ndarray) -> Tensor:
         """Where channels of the full network stand in the parameters, from which others may have left."""
-        stored = self.network.stored
-        places = channels if stored is None else np.cumsum(stored[space])[channels] - 1
+        places = np.cumsum(self.network.stored[space])[channels] - 1
         return torch.from_numpy(places).to(self.network.device)
 
     # ---- everything else ----

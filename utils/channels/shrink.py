@@ -63,7 +63,7 @@ def shrink_to(
     num_cut = int((network.stored_units & ~keep_U).sum())
     if num_cut == 0:
         return 0
-    before = network.stored or [np.ones(space.width, dtype=bool) for space in network.graph.spaces]
+    before = network.stored
     after = network.graph.live_channels(keep_U)
     kept = [
         torch.from_numpy(np.flatnonzero(new[old])).to(network.device) for old, new in zip(before, after, strict=True)

@@ -243,4 +243,4 @@ def _kept(network: SparseNetwork, plans: Sequence[Plan], spaces: set[int]) -> np
     if network.execution == "released":  # the statistics of dropped channels move too
         return np.ones(network.graph.spaces[min(spaces)].width, dtype=bool)
     live = np.logical_or.reduce([plan.live[space] for plan in plans for space in spaces])
-    return live if network.stored is None else live[network.stored[min(spaces)]]
+    return live[network.stored[min(spaces)]]
