@@ -52,7 +52,7 @@ class Masks:
         """The channels that each mask leaves, with the layer guard applied. Waits for the device."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return [network.plan(mask_U) for mask_U in self.on_host.numpy()]
+        return network.plans(self.on_host.numpy())
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from utils.channels.graph import ChannelGraph, Op, columns_of
 from utils.channels.plan import Plan
-from utils.channels.vectors import Norms, NormPass
+from utils.channels.vectors import NormPass, Norms
 from utils.conv_type import conv2d
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.algorithm.masks import keep_one_unit
+from utils.channels.capacity import FixedShapes, capacities_for, stored_runs
 from utils.channels.compact import CompactForward
 from utils.channels.cost import ExpectedCost
 from utils.channels.graph import ChannelGraph
@@ -34,6 +35,7 @@ class SparseNetwork:
         scores: (U,) flat parameter; the `scores` of each layer are views of it.
         stored_units: (U,) bool: units whose parameters still exist; all of them until the network shrinks.
         stored: the same per space of the graph.
+        shapes: what makes the plans of a step have shapes that stay; None: they are as wide as their masks.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class SparseNetwork:
         self.multiple = preferred_multiple(self.device) if multiple is None else multiple
         self.stored_units = np.ones(self.num_units, dtype=bool)
         self.stored = [np.ones(space.width, dtype=bool) for space in self.graph.spaces]
+        self.shapes: FixedShapes | None = None
         self._compact = CompactForward(self.graph)
         self._costs: dict[str, ExpectedCost] = {}
         self.dense_plan = self.plan(self.stored_units)
@@ -112,10 +115,42 @@ class SparseNetwork:
         Args:
             mask_U: (U,) bool on the host.
         """
+        return on_device([self._drawn(self._guarded(mask_U))], self.device)[0]
+
+    def plans(self, masks_KU: np.ndarray) -> list[Plan]:
+        """The plans of the masks of a step, all of fixed shapes if there are some and every mask fits them.
+
+        Args:
+            masks_KU: (K, U) bool on the host.
+        """
+        masks = [self._guarded(mask_U) for mask_U in masks_KU]
+        plans = [None if self.shapes is None else self.shapes.plan(mask_U) for mask_U in masks]
+        if any(plan is None for plan in plans):
+            plans = [self._drawn(mask_U) for mask_U in masks]
+        return on_device(plans, self.device)
+
+    def fix_shapes(self, slots: list[int] | None = None) -> None:
+        """From now on the plans of a step have fixed shapes, until units leave or the shapes are fixed anew.
+
+        Args:
+            slots: as `FixedShapes.slots` gave them for the units that are stored now; None: what nearly all masks
+                need that are drawn from the scores of now, which waits for the device.
+        """
+        if slots is None:
+            scores_U = self.scores.detach().cpu().numpy()
+            capacities = capacities_for(self.graph, scores_U, self.stored, self.multiple)
+        else:
+            runs = [segment for segment, _ in stored_runs(self.graph, self.stored)]
+            capacities = dict(zip(runs, slots, strict=True))
+        self.shapes = FixedShapes(self.graph, self.stored, capacities)
+
+    def _guarded(self, mask_U: np.ndarray) -> np.ndarray:
         mask_U = keep_one_unit(mask_U, self.scores, self.vital_groups)
         assert not (mask_U & ~self.stored_units).any(), "a mask keeps units that have left the parameters"
-        plan = make_plan(self.graph, mask_U, self.multiple, self.stored)
-        return on_device([plan], self.device)[0]
+        return mask_U
+
+    def _drawn(self, mask_U: np.ndarray) -> Plan:
+        return make_plan(self.graph, mask_U, self.multiple, self.stored)
 
     def __call__(self, images: Tensor, plan: Plan, update_statistics: bool = True) -> Tensor:
         """Logits (B, classes) under a plan, in float32 or wider; train or eval mode is the model's.

@@ -84,7 +84,7 @@ def shrink_to(
             tensor.data = _cut(tensor.data, rows, columns)
             if isinstance(tensor, nn.Parameter):
                 tensor.grad = None
-    network.stored_units, network.stored = keep_U, after
+    network.stored_units, network.stored, network.shapes = keep_U, after, None
     return num_cut
 
 
