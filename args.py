@@ -290,6 +290,14 @@ class SparsityConfig:
         read_by=tuple(name for name in TWO_PHASE if name != "released"),
         needs={"execution": ("compact",)},
     )
+    shapes: str = option(
+        "auto",
+        "drawn: the tensors of a pass are as wide as its mask wants them; fixed: as wide as nearly all masks need, so "
+        "that all steps of an epoch run the same operations; auto: drawn",
+        choices=("auto", "drawn", "fixed"),
+        read_by=ESTIMATED,
+        needs={"execution": ("compact",)},
+    )
     score_every: int = option(
         1, "steps between updates of the scores; the others run one pass", within="[1, inf)", read_by=ESTIMATED
     )
@@ -579,6 +587,11 @@ class Config:
     def shrinks(self) -> bool:
         """Whether units leave the parameters."""
         return self.sparsity.cuts and self.method != "released"
+
+    @property
+    def fixes_shapes(self) -> bool:
+        """Whether the tensors of a search are as wide as nearly all masks need, and not as each mask wants them."""
+        return self.sparsity.shapes == "fixed" and self.sparsity.execution == "compact" and self.method in ESTIMATED
 
     @property
     def budget_falls(self) -> bool:

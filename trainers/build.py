@@ -31,7 +31,7 @@ from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
 from utils.channels.norms import GateReader
 from utils.channels.shrink import shrink_to
-from utils.channels.subnet import Subnet
+from utils.channels.subnet import Subnet, use_statistics
 from utils.conv_type import sparsify
 from utils.errors import UserError
 from utils.options import flag_of, worded
@@ -234,6 +234,8 @@ def new_search(run: RunState, method: Method, config: Config) -> Search:
         make_score_optimizer(network, config),
         generator=stream_generator(config.run.seed, MASK_STREAM, network.device),
     )
+    if config.fixes_shapes:
+        network.fix_shapes()
     if method.draws_masks:
         search.estimator = method.wrapped(make_estimator(network, config), network.device)
         search.masks = draw_masks(search, config)
@@ -272,13 +274,6 @@ def fix_subnet(run: RunState, config: Config, subnet: Subnet) -> None:
     if config.shrinks:
         shrink_to(run.network, subnet.mask_U, run.weight_optimizer)
     run.plan = run.network.plan(subnet.mask_U)
-
-
-def use_statistics(network: SparseNetwork, subnet: Subnet) -> None:
-    """Copies the batch-norm statistics of a subnet into the network."""
-    for name, norm in network.batch_norms().items():
-        norm.running_mean.copy_(subnet.statistics[name][0])
-        norm.running_var.copy_(subnet.statistics[name][1])
 
 
 def restore_model(network: SparseNetwork, state: Mapping[str, Any]) -> None:
@@ -339,6 +334,8 @@ def lengthen(run: RunState, config: Config) -> bool:
 
 
 def _restore_search(search: Search, state: Mapping[str, Any], config: Config) -> None:
+    if config.fixes_shapes:
+        search.network.fix_shapes(state["slots"])
     search.score_optimizer.load_state_dict(state["score_optimizer"])
     restore_generator(search.generator, state["generator"])
     if search.estimator is not None:

@@ -38,6 +38,7 @@ TAGS = {  # column of results.csv -> curve with a point at the end of every epoc
     "entropy_left": "scores/entropy_left",
     "top_agreement": "scores/top_agreement",
     "loss_difference": "vrpge/loss_difference",
+    "unfit_steps": "vrpge/unfit_steps",
     "forward_flops_ratio": "flops/forward_ratio",
     "forward_flops_ratio_mean": "flops/forward_ratio_running_mean",
     "subnet_flops_ratio": "flops/subnet_ratio",

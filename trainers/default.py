@@ -85,7 +85,8 @@ def train_step(search: Search, images: Tensor, labels: Tensor, now: StepSettings
         images: (B, C, H, W) on the device.
         labels: (B,) int64, or (B, classes) weights of the classes of mixed images.
         now: learning rates and budget of this step.
-    Returns: metrics loss, top1, top5, loss_difference, v; each summed over the batch.
+    Returns: metrics loss, top1, top5, loss_difference, v; each summed over the batch. With fixed shapes also
+        unfit_steps: the number of images if the masks do not fit them.
     """
     network, masks, weights, size = search.network, search.masks, search.network.weight_parameters(), len(labels)
     plans = masks.plans(network)  # of masks drawn one step ago: the only wait for the device
@@ -120,6 +121,8 @@ def train_step(search: Search, images: Tensor, labels: Tensor, now: StepSettings
 
     difference = (losses_K[0] - losses_K[min(1, len(losses_K) - 1)]).abs()
     metrics = batch_sums(loss, logits, labels) | {"loss_difference": difference * size, "v": v * size}
+    if network.shapes is not None:
+        metrics["unfit_steps"] = loss.new_full((), 0.0 if plans[0].fixed else size)
     return StepResult.of(network, ran, metrics)
 
 

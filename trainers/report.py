@@ -107,7 +107,7 @@ class Reporter:
                 "top_agreement": run.decision.agreement,
                 "budget": settings.keep_ratio,
                 "score_lr": settings.score_lr,
-                **{name: means[name] for name in ("v", "loss_difference") if name in means},
+                **{name: means[name] for name in ("v", "loss_difference", "unfit_steps") if name in means},
             }
             if run.search.masks is not None:
                 values["keep_ratio_drawn"] = float(run.search.masks.own_KU[0].double().mean())
@@ -293,4 +293,5 @@ def describe(config: Config, data: DataSplits, run: RunState) -> None:
         keeping = f"keeping {100 * kept:g} % of {budget}"
         if config.method == "dense":  # the channels of a subnet that it starts from
             keeping = f"training {int(run.plan.mask_U.sum()):,} of {units}"
-        announce(f"{config.method}: {keeping}; {network.execution} execution")
+        shapes = " with fixed shapes" if config.fixes_shapes else ""
+        announce(f"{config.method}: {keeping}; {network.execution} execution{shapes}")

@@ -297,4 +297,5 @@ def _search_state(search: Search) -> dict[str, Any]:
         "generator": search.generator.get_state(),
         "masks": search.masks and search.masks.drawn,
         "estimator": search.estimator and search.estimator.state_dict(),
+        "slots": search.network.shapes and search.network.shapes.slots,
     }

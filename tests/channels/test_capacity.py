@@ -38,10 +38,6 @@ from utils.channels.shrink import drop_dead_units, shrink_to
 FAMILIES = [("vgg16", 0.0625), ("resnet20_he", 0.25), ("wrn16_8", 0.05), ("mobilenet_v1", 0.125), ("resnet50", 0.0625)]
 
 
-def is_fixed(plan: Plan) -> bool:
-    return any(alive is not None for alive in plan.alive)
-
-
 def live_counts(network: SparseNetwork, mask_U: np.ndarray) -> list[int]:
     """How many channels of each run are live, and how many are stored."""
     counts = []
@@ -56,7 +52,7 @@ def fixed_plan(network: SparseNetwork, mask_U: np.ndarray, spare: int) -> Plan:
     guarded_U = network.plan(mask_U).mask_U
     network.fix_shapes([min(live + spare, stored) for live, stored in live_counts(network, guarded_U)])
     (plan,) = network.plans(mask_U[None])
-    assert is_fixed(plan)
+    assert plan.fixed
     assert np.array_equal(plan.mask_U, guarded_U)
     return plan
 
@@ -151,7 +147,7 @@ def test_every_family_equals_masked_execution(arch, width_mult, residual_masks, 
     assert any(slots < int(own.sum()) for slots, (_, own) in zip(fixed.shapes.slots, runs_of(fixed), strict=True))
     masks = random.random((2, fixed.num_units)) < scores_U
     plans, data = fixed.plans(masks), images_and_labels(4)
-    assert all(is_fixed(plan) for plan in plans)
+    assert all(plan.fixed for plan in plans)
     expected = outcome_of(masked, masked.plan(plans[0].mask_U), data)
     assert_same(outcome_of(fixed, plans[0], data), cut_like(values, expected, units_U), rtol=1e-6, atol=1e-9)
 
@@ -177,7 +173,7 @@ def test_a_search_takes_the_same_steps_whatever_shapes_it_has():
     for step in range(6):
         if step % 2 == 0:
             fixed.network.fix_shapes()
-        num_fixed += all(map(is_fixed, fixed.masks.plans(fixed.network)))
+        num_fixed += all(plan.fixed for plan in fixed.masks.plans(fixed.network))
         one, other = (train_step(search, *images_and_labels(4, step), settings, config()) for search in (drawn, fixed))
         for name, value in one.metrics.items():
             torch.testing.assert_close(other.metrics[name], value, rtol=1e-7, atol=1e-9, msg=name)
@@ -227,7 +223,7 @@ def test_all_draws_run_the_same_operations_on_the_same_shapes(arch, width_mult):
     network.scores.data.copy_(torch.from_numpy(scores_U))
     network.fix_shapes()
     draws = [np.random.default_rng(seed).random((2, network.num_units)) < scores_U for seed in range(4)]
-    plans = [plans for masks in draws if all(map(is_fixed, plans := network.plans(masks)))][:3]
+    plans = [pair for pair in map(network.plans, draws) if pair[0].fixed][:3]
     assert len(plans) >= 2
     assert len({plan[0].mask_U.tobytes() for plan in plans}) == len(plans)
     operations_of(network, plans[0])  # after which the buffers of gradients exist
@@ -242,10 +238,10 @@ def test_a_step_whose_masks_do_not_all_fit_has_the_shapes_of_its_masks():
     network = sparse_network(plain_net("released"), layers)
     narrow_U, wide_U = flat_mask(layers, MASKS["released"]["one channel each"]), np.ones(network.num_units, dtype=bool)
     network.fix_shapes([min(live + 1, own) for live, own in live_counts(network, narrow_U)])
-    assert [is_fixed(plan) for plan in network.plans(np.stack([narrow_U, narrow_U]))] == [True, True]
+    assert [plan.fixed for plan in network.plans(np.stack([narrow_U, narrow_U]))] == [True, True]
     for masks_KU in (np.stack([narrow_U, wide_U]), np.stack([wide_U, narrow_U])):
         plans = network.plans(masks_KU)
-        assert [is_fixed(plan) for plan in plans] == [False, False]
+        assert [plan.fixed for plan in plans] == [False, False]
         for plan, mask_U in zip(plans, masks_KU, strict=True):
             alone = network.plan(mask_U)
             assert (plan.widths, plan.counts) == (alone.widths, alone.counts)
@@ -256,7 +252,7 @@ def test_a_step_whose_masks_do_not_all_fit_has_the_shapes_of_its_masks():
 def test_shapes_end_when_units_leave_and_can_be_put_back():
     network = network_of("vgg16", 0.0625)
     network.scores.data.fill_(0.5)
-    assert not is_fixed(network.plans(np.ones((1, network.num_units), dtype=bool))[0])
+    assert not network.plans(np.ones((1, network.num_units), dtype=bool))[0].fixed
     network.fix_shapes()
     slots = network.shapes.slots
     units_U = np.random.default_rng(0).random(network.num_units) < 0.8

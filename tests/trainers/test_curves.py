@@ -51,6 +51,7 @@ CURVES = {  # column of results.csv -> curve in TensorBoard
     "entropy_left": "scores/entropy_left",
     "top_agreement": "scores/top_agreement",
     "loss_difference": "vrpge/loss_difference",
+    "unfit_steps": "vrpge/unfit_steps",
     "forward_flops_ratio": "flops/forward_ratio",
     "forward_flops_ratio_mean": "flops/forward_ratio_running_mean",
     "subnet_flops_ratio": "flops/subnet_ratio",
@@ -64,7 +65,7 @@ CURVES = {  # column of results.csv -> curve in TensorBoard
 }
 OF_THE_SEARCH = (
     *("budget", "keep_ratio_expected", "keep_ratio_drawn", "v", "max_score", "score_entropy", "share_zero"),
-    *("share_one", "entropy_left", "top_agreement", "loss_difference", "score_lr"),
+    *("share_one", "entropy_left", "top_agreement", "loss_difference", "unfit_steps", "score_lr"),
 )
 WITHIN_EPOCHS = {  # curves with points within an epoch
     *("steps/train_loss", "steps/train_top1", "lr/weights", "lr/scores", "sparsity/budget"),
@@ -74,7 +75,14 @@ RESULTS = {
     f"result/{name}": name for name in ("test_top1", "heldout_top1", "flops_ratio", "train_flops_ratio", "seconds")
 }
 # large steps of the scores: some are exactly 0 or 1 at the end of an epoch
-SETTINGS = {"budget_schedule": "cubic", "score_lr": 0.3, "lr_policy": "cosine_lr", "warmup_length": 0, "seed": 3}
+SETTINGS = {
+    "shapes": "fixed",
+    "budget_schedule": "cubic",
+    "score_lr": 0.3,
+    "lr_policy": "cosine_lr",
+    "warmup_length": 0,
+    "seed": 3,
+}
 # With two points an epoch: after every second step of the search and every fourth one of fine-tuning.
 EPOCH_ENDS = [STEPS, 2 * STEPS, 2 * STEPS + FINETUNE_STEPS]
 SEARCH_POINTS = [0, 2, 4, 6, 8]

@@ -68,6 +68,8 @@ class PolicyGradient(ScoreMethod):
     def end_of_epoch(self, run: RunState, keep_ratio: float) -> None:
         if self.config.shrinks:
             drop_dead_units(run.network, run.search.score_optimizer, run.search.weight_optimizer)
+        if self.config.fixes_shapes:
+            run.network.fix_shapes()
 
 
 class Coin(PolicyGradient):

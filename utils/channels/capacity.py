@@ -29,7 +29,7 @@ def capacities_for(
     """Slots for nearly all masks that are drawn from some scores.
 
     Args:
-        scores_U: (U,) probabilities by which units are kept.
+        scores_U: (U,) probabilities by which units are kept; 0 for those that have left.
         multiple: what numbers of slots are rounded up to.
         stored: per space a (width,) bool array: the channels whose parameters still exist. No run has more slots.
     """
@@ -38,7 +38,7 @@ def capacities_for(
         dropped = np.ones(segment.width)
         for first in segment.writers:
             dropped = dropped * (1 - scores_U[first : first + segment.width].astype(np.float64))
-        live = (1 - dropped)[own] if segment.writers else np.ones(segment.width)
+        live = 1 - dropped if segment.writers else np.ones(segment.width)
         wanted = live.sum() + SIGMAS * np.sqrt((live * (1 - live)).sum())
         rounded = multiple * max(1, ceil(wanted / multiple - 1e-9))
         found[segment] = min(rounded, int(own.sum()))
@@ -110,7 +110,7 @@ class FixedShapes:
                 for space, lives in zip(self.graph.spaces, alive, strict=True)
             ],
             positions={
-                (inner, outer): _positions(channels[inner], channels[outer], alive[outer], len(live[outer]))
+                (inner, outer): _positions(channels[inner], channels[outer], len(live[outer]))
                 for inner, outer in joined_spaces(self.graph)
                 if not self._same_order(inner, outer)
             },
@@ -139,14 +139,13 @@ def _filled(own: np.ndarray, live: np.ndarray, slots: int) -> tuple[np.ndarray, 
     return np.concatenate([kept, np.full(slots - len(kept), spare)]), np.arange(slots) < len(kept)
 
 
-def _positions(inner: np.ndarray, outer: np.ndarray, alive: np.ndarray, width: int) -> np.ndarray:
+def _positions(inner: np.ndarray, outer: np.ndarray, width: int) -> np.ndarray:
     """The slots of a wider set of channels to which those of a narrower one are added; free ones add 0 anywhere.
 
     Args:
-        inner, outer: the channel in every slot.
-        alive: which slots of `outer` hold a live channel, as all live ones of `inner` are there.
+        inner, outer: the channel in every slot. All live ones of `inner` are live in `outer`.
         width: of the full network.
     """
     slot_of = np.zeros(width, dtype=np.int64)
-    slot_of[outer[alive]] = np.flatnonzero(alive)
+    slot_of[outer] = np.arange(len(outer))
     return slot_of[inner]

@@ -47,6 +47,11 @@ class Plan:
     norms: List
 
     @property
+    def fixed(self) -> bool:
+        """Whether its shapes are those of `FixedShapes`, whatever the mask."""
+        return any(alive is not None for alive in self.alive)
+
+    @property
     def filled(self) -> list[int]:
         """Per space the number of slots in front of the padding."""
         return [

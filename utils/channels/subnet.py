@@ -150,6 +150,13 @@ def estimate_statistics(network: SparseNetwork, mask_U: np.ndarray, batches: Ite
     return Subnet(plan.mask_U, statistics)
 
 
+def use_statistics(network: SparseNetwork, subnet: Subnet) -> None:
+    """Copies the batch-norm statistics of a subnet into the network."""
+    for name, norm in network.batch_norms().items():
+        norm.running_mean.copy_(subnet.statistics[name][0])
+        norm.running_var.copy_(subnet.statistics[name][1])
+
+
 @contextmanager
 def installed(network: SparseNetwork, subnet: Subnet) -> Iterator[None]:
     """Lends a subnet's statistics to the network; its own tensors come back untouched."""
