@@ -298,6 +298,14 @@ class SparsityConfig:
         read_by=ESTIMATED,
         needs={"execution": ("compact",)},
     )
+    cuda_graphs: str = option(
+        "auto",
+        "on: record the long parts of a step of the search in CUDA graphs and replay them; auto: off",
+        choices=("auto", "on", "off"),
+        read_by=ESTIMATED,
+        needs={"shapes": ("fixed",)},
+        resumed="may change",
+    )
     score_every: int = option(
         1, "steps between updates of the scores; the others run one pass", within="[1, inf)", read_by=ESTIMATED
     )
@@ -592,6 +600,11 @@ class Config:
     def fixes_shapes(self) -> bool:
         """Whether the tensors of a search are as wide as nearly all masks need, and not as each mask wants them."""
         return self.sparsity.shapes == "fixed" and self.sparsity.execution == "compact" and self.method in ESTIMATED
+
+    @property
+    def replays_steps(self) -> bool:
+        """Whether the steps of a search are recorded in CUDA graphs."""
+        return self.sparsity.cuda_graphs == "on" and self.fixes_shapes
 
     @property
     def budget_falls(self) -> bool:

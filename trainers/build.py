@@ -21,6 +21,7 @@ from models import (
     maskable_convs,
     take_over,
 )
+from trainers.cuda_graphs import make_replay
 from trainers.default import draw_masks, stored_masks
 from trainers.methods import make_method
 from trainers.methods.base import Method, check_budget
@@ -243,6 +244,7 @@ def new_search(run: RunState, method: Method, config: Config) -> Search:
         search.gate_reader = GateReader(network)
         if search.estimator.biased:  # there is nothing else to judge units by
             search.gate_reader.check_sees_all(f"estimator {config.sparsity.estimator}", config.model.arch)
+    search.replay = make_replay(search, config)
     return search
 
 

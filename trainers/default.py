@@ -8,9 +8,9 @@ Legend: B batch, U maskable units of the network, K masks drawn in one step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from args import Config
 from trainers.state import Masks, RunState, Search
-from utils.algorithm.estimators.base import Estimator
+from utils.algorithm.estimators.base import Estimator, Gates
 from utils.algorithm.masks import sample_masks
+from utils.channels.capacity import FixedShapes
 from utils.channels.network import SparseNetwork
-from utils.channels.plan import Plan
+from utils.channels.plan import Plan, spread
 from utils.ranks.exchange import (
     average_gradients_,
     averaged,
@@ -88,15 +89,16 @@ def train_step(search: Search, images: Tensor, labels: Tensor, now: StepSettings
     Returns: metrics loss, top1, top5, loss_difference, v; each summed over the batch. With fixed shapes also
         unfit_steps: the number of images if the masks do not fit them.
     """
-    network, masks, weights, size = search.network, search.masks, search.network.weight_parameters(), len(labels)
+    network, masks, size = search.network, search.masks, len(labels)
     plans = masks.plans(network)  # of masks drawn one step ago: the only wait for the device
+    ran, places = distinct(plans if now.update_scores else plans[:1])
+    halves = SearchHalves(search, ran, images, labels, now.weight_lr, config)
+    if search.replay is not None and plans[0].fixed:
+        halves = search.replay.of(halves)
 
     # 1. One batch through the subnet of every mask. Only the first pass keeps a graph and moves batch-norm statistics.
-    with merged_statistics(network, plans[:1], size):
-        logits = network(images, plans[0])
-    loss = F.cross_entropy(logits, labels, label_smoothing=config.train.label_smoothing)
-    compared = plans if now.update_scores else plans[:1]
-    losses_K, ran = losses_under(network, compared, loss, (images, labels), config)
+    losses = halves.first()
+    losses_K = torch.stack([losses[place] for place in places])
 
     # 2. Structure step, without a backward pass: loss differences, score gradient, optimizer, projection, next masks.
     if now.update_scores:
@@ -113,17 +115,81 @@ def train_step(search: Search, images: Tensor, labels: Tensor, now: StepSettings
 
     # 3. Weight step: the chain rule through the channels that the first mask kept. A GPU works on it while the host
     # plans the passes of the next step.
-    backward_(network, loss, size)
-    gates = None if search.gate_reader is None else search.gate_reader.read(plans[0], config.train.batch_size)
-    clipped_step_(search.weight_optimizer, weights, now.weight_lr, config.train.clip_norm)
+    metrics, gates = halves.second()
+    set_learning_rate(search.weight_optimizer, now.weight_lr)  # a step that was replayed has read a tensor
     if now.update_scores:
         search.estimator.observe(masks.own_KU, losses_K, gates)  # for later steps, never for this one
 
     difference = (losses_K[0] - losses_K[min(1, len(losses_K) - 1)]).abs()
-    metrics = batch_sums(loss, logits, labels) | {"loss_difference": difference * size, "v": v * size}
+    metrics = metrics | {"loss_difference": difference * size, "v": v * size}
     if network.shapes is not None:
-        metrics["unfit_steps"] = loss.new_full((), 0.0 if plans[0].fixed else size)
+        metrics["unfit_steps"] = difference.new_full((), 0.0 if plans[0].fixed else size)
     return StepResult.of(network, ran, metrics)
+
+
+@dataclass
+class SearchHalves:
+    """What takes long in a search step: its forward passes, and backward with the weight step.
+
+    See `trainers/replay.py`, which may record it.
+
+    Attributes:
+        plans: that run, each once; the first one also runs backward.
+    """
+
+    search: Search
+    plans: list[Plan]
+    images: Tensor
+    labels: Tensor
+    learning_rate: float | Tensor
+    config: Config
+
+    @property
+    def group(self) -> FixedShapes | None:
+        return self.search.network.shapes
+
+    @property
+    def kind(self) -> Hashable:
+        return len(self.plans), self.images.shape, self.labels.shape
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [self.images, self.labels, torch.cat([one for plan in self.plans for one in plan.lists()])]
+
+    def reading(self, inputs: Sequence[Tensor], learning_rate: Tensor) -> SearchHalves:
+        images, labels, lists = inputs
+        plans = spread(self.plans, lists)
+        return replace(self, plans=plans, images=images, labels=labels, learning_rate=learning_rate)
+
+    def first(self) -> Tensor:
+        """The losses of all plans."""
+        network, images, labels = self.search.network, self.images, self.labels
+        with merged_statistics(network, self.plans[:1], len(labels)):
+            self._logits = network(images, self.plans[0])
+        self._loss = F.cross_entropy(self._logits, labels, label_smoothing=self.config.train.label_smoothing)
+        return losses_under(network, self.plans, self._loss, (images, labels), self.config)
+
+    def second(self) -> tuple[dict[str, Tensor], Gates | None]:
+        """Loss, top1 and top5, each summed over the batch, and the gradients of gates if they are wanted."""
+        network, train, reader = self.search.network, self.config.train, self.search.gate_reader
+        backward_(network, self._loss, len(self.labels))
+        gates = None if reader is None else reader.read(self.plans[0], train.batch_size)
+        clipped_step_(self.search.weight_optimizer, network.weight_parameters(), self.learning_rate, train.clip_norm)
+        return batch_sums(self._loss, self._logits, self.labels), gates
+
+
+def distinct(plans: Sequence[Plan]) -> tuple[list[Plan], list[int]]:
+    """The plans without repetitions, and where each of the given ones stands among them.
+
+    The same subnet on the same batch has the same loss, so a plan that is repeated does not run again.
+    """
+    found: list[Plan] = []
+    places = []
+    for plan in plans:
+        twin = next((i for i, other in enumerate(found) if np.array_equal(other.mask_U, plan.mask_U)), len(found))
+        found += [plan] if twin == len(found) else []
+        places.append(twin)
+    return found, places
 
 
 def draw_masks(search: Search, config: Config) -> Masks:
@@ -167,24 +233,15 @@ def calculateGrad(scores_U: nn.Parameter, masks_KU: Tensor, losses_K: Tensor, es
 
 def losses_under(
     network: SparseNetwork, plans: Sequence[Plan], first: Tensor, batch: tuple[Tensor, Tensor], config: Config
-) -> tuple[Tensor, list[Plan]]:
-    """The losses (K,) of one batch under all plans, and the plans that ran.
-
-    The first plan has run already, with loss `first`. The same subnet on the same batch has the same loss, so a
-    repeated plan does not run again.
-    """
+) -> Tensor:
+    """The losses of one batch under all plans, of which the first one has run already, with loss `first`."""
     images, labels = batch
-    losses, ran = [first.detach()], [plans[0]]
-    for k, plan in enumerate(plans[1:], start=1):
-        twin = next((j for j in range(k) if np.array_equal(plans[j].mask_U, plan.mask_U)), None)
-        if twin is not None:
-            losses.append(losses[twin])
-            continue
+    losses = [first.detach()]
+    for plan in plans[1:]:
         with torch.no_grad():
             logits = network(images, plan, update_statistics=False)
             losses.append(F.cross_entropy(logits, labels, label_smoothing=config.train.label_smoothing))
-        ran.append(plan)
-    return torch.stack(losses), ran
+    return torch.stack(losses)
 
 
 def weight_step(
@@ -228,7 +285,7 @@ def backward_(network: SparseNetwork, loss: Tensor, num_images: int) -> None:
 
 
 def clipped_step_(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float, max_norm: float
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float | Tensor, max_norm: float
 ) -> None:
     """Scales the gradients of the parameters down to a joint norm, then takes a step of the optimizer."""
     torch.nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -236,7 +293,7 @@ def clipped_step_(
     optimizer.step()
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float | Tensor) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 

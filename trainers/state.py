@@ -16,6 +16,7 @@ from torch import Tensor
 
 from args import Config, config_to_dict
 from data import DataSplits
+from trainers.replay import Replay
 from utils.algorithm.average import lent, move_average
 from utils.algorithm.decision import Decision
 from utils.algorithm.estimators.base import Estimator
@@ -64,6 +65,7 @@ class Search:
         masks: of the next step; None for a method that draws none.
         estimator: of the score gradient; None for a method that needs none.
         gate_reader: for an estimator that learns from gates.
+        replay: what records the steps and replays them; None where they run as they are.
     """
 
     network: SparseNetwork
@@ -74,6 +76,7 @@ class Search:
     masks: Masks | None = None
     estimator: Estimator | None = None
     gate_reader: GateReader | None = None
+    replay: Replay | None = None
 
 
 @dataclass

@@ -104,6 +104,20 @@ def test_sums_of_concatenated_maps_of_which_a_part_is_always_there(spare):
         assert_same(outcome_of(fixed, fixed_plan(fixed, mask_U, spare), batch()), expected, **EXACT)
 
 
+def test_two_sets_of_channels_in_as_many_slots_are_still_added_channel_by_channel():
+    net, layers = plain_net("released"), NETWORKS["released"].LAYERS
+    for case in ("disjoint", "random"):
+        mask_U = flat_mask(layers, MASKS["released"][case], seed=5)
+        network = sparse_network(net, layers)
+        most = {6: 0, 12: 0}
+        for (segment, _), (live, _) in zip(runs_of(network), live_counts(network, mask_U), strict=True):
+            most[segment.width] = max(most.get(segment.width, 0), live if segment.writers else 0)
+        network.fix_shapes([most[s.width] if s.writers else s.width for s, _ in runs_of(network)])
+        (plan,) = network.plans(mask_U[None])
+        expected = run_reference("released", copy.deepcopy(net), mask_U, True)
+        assert_same(outcome_of(network, plan, batch()), expected, **EXACT)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_small_networks_with_every_operation(name):
     """Among them a layer that runs twice."""

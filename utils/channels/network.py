@@ -142,7 +142,8 @@ class SparseNetwork:
         else:
             runs = [segment for segment, _ in stored_runs(self.graph, self.stored)]
             capacities = dict(zip(runs, slots, strict=True))
-        self.shapes = FixedShapes(self.graph, self.stored, capacities)
+        if self.shapes is None or self.shapes.capacities != capacities:
+            self.shapes = FixedShapes(self.graph, self.stored, capacities)
 
     def _guarded(self, mask_U: np.ndarray) -> np.ndarray:
         mask_U = keep_one_unit(mask_U, self.scores, self.vital_groups)
