@@ -21,8 +21,9 @@ from utils.channels.shrink import drop_dead_units
 ARCH = ("resnet8_he", 0.25)
 
 
-def search_in(replay: Replay | None, arch: tuple[str, float] = ARCH, **options) -> Search:
+def search_in(replay: Replay | None, arch: tuple[str, float] = ARCH, score: float = 0.5, **options) -> Search:
     network = network_of(*arch, multiple=2)
+    network.scores.data.fill_(score)
     weights = FusedSGD(network.weight_parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
     search = search_of(network, config(**options), weight_optimizer=weights)
     search.replay = replay
@@ -91,11 +92,13 @@ def test_steps_are_recorded_anew_when_units_leave_and_only_then():
 
 def test_steps_that_do_not_fit_run_as_they_are():
     recorder = StandIn()
-    search, eager = search_in(Replay(recorder)), search_in(None)
+    search, eager = search_in(Replay(recorder), score=0.15), search_in(None, score=0.15)
     assert_same_steps(search, eager, WARM_UP + 1)
     replayed = recorder.replayed
     for each in (search, eager):
-        each.masks = stored_masks(torch.ones_like(each.masks.own_KU), config())
+        wide_KU = torch.ones_like(each.masks.own_KU)
+        wide_KU[1, 0] = False
+        each.masks = stored_masks(wide_KU, config())
     assert_same_steps(search, eager, 1, first=4)
     assert recorder.replayed == replayed
     assert_same_steps(search, eager, 1, first=5)
