@@ -44,7 +44,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str, Any], Outcome]
 
 def unwaited_plans(masks: Masks, network: SparseNetwork) -> list[Plan]:
     """`Masks.plans` without `arrived.synchronize()`."""
-    return [network.plan(mask_U.copy()) for mask_U in masks.on_host.numpy()]
+    return network.plans(masks.on_host.numpy().copy())
 
 
 def test_without_a_fault_a_step_is_that_of_the_cpu(plant, on_cpu):
@@ -88,13 +88,9 @@ def test_masks_copied_with_blocking_are_a_wait(plant):
 
 
 def test_channel_lists_left_on_the_host_are_refused(plant):
-    make_plan = utils.channels.network.make_plan
-
-    def on_host(graph: Any, mask_U: np.ndarray, device: torch.device, *rest: Any) -> Plan:
-        return make_plan(graph, mask_U, HOST, *rest)
-
+    on_device = utils.channels.network.on_device
     with pytest.raises(RuntimeError, match=r"same device, .* index_select of .* on cuda:0, .* on cpu"):
-        plant(utils.channels.network, "make_plan", on_host)
+        plant(utils.channels.network, "on_device", lambda plans, device: on_device(plans, HOST))
 
 
 def test_a_generator_of_the_cpu_is_refused(plant):

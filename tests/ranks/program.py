@@ -66,6 +66,7 @@ CASES = {
     "released": Case(execution="released", method=Released, options={"clip_norm": 0.5}),
     "independent": Case(options={**INDEPENDENT, "clip_norm": 0.5}),
     "independent, masked": Case(execution="masked", options=INDEPENDENT),
+    "independent, fixed shapes": Case(options={**INDEPENDENT, "shapes": "fixed"}),
     "independent, three masks": Case("preactivation", options={**INDEPENDENT, "K": 3}),
 }
 
@@ -78,6 +79,8 @@ def run_of(name: str) -> tuple[RunState, Method, Config]:
     network = sparse_network(plain_net(case.kind), NETWORKS[case.kind].LAYERS, case.execution)
     generator = torch.Generator().manual_seed(3)
     network.scores.copy_(torch.rand(network.num_units, generator=generator, dtype=torch.float64) * 0.6 + 0.1)
+    if options.fixes_shapes:
+        network.fix_shapes()
     network.model.train()
     weights = torch.optim.SGD(network.weight_parameters(), lr=9.0, momentum=0.9, weight_decay=5e-2)
     search = search_of(network, options, seed=4, weight_optimizer=weights)
@@ -106,6 +109,8 @@ def train(name: str) -> dict[str, Any]:
         metrics.append(result.metrics)
         if step == SHRINK_AFTER and run.network.execution == "compact":
             drop_dead_units(run.network, run.search.score_optimizer, run.weight_optimizer)
+            if options.fixes_shapes:
+                run.network.fix_shapes()
     return {
         "model": run.network.model.state_dict(),
         "optimizers": [run.weight_optimizer.state_dict(), run.search.score_optimizer.state_dict()],
