@@ -19,11 +19,13 @@ def conv2d(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     """`conv` applied to x with (a part of) its weight; a depthwise one filters as many channels as x has.
 
     A 1x1 convolution with a stride reads every stride-th pixel only, so they are picked first: the same numbers. Left
-    to oneDNN (torch 2.14.1, AVX2, channels_last) its weight gradient corrupts the heap for 2 to 6 input channels.
+    to oneDNN (torch 2.14.1, AVX2, channels_last) its weight gradient corrupts the heap for 2 to 6 input channels. They
+    are picked by a pool of one pixel: the gradient of a slice has the default memory format, and every layer in front
+    of it would be slower for it.
     """
     stride = conv.stride
     if conv.kernel_size == (1, 1) and conv.padding == (0, 0) and stride != (1, 1):
-        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+        x, stride = F.avg_pool2d(x, 1, stride), (1, 1)
     return F.conv2d(x, weight, bias, stride, conv.padding, conv.dilation, groups=x.shape[1] // weight.shape[1])
 
 
