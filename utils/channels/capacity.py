@@ -16,7 +16,8 @@ from math import ceil
 import numpy as np
 
 from utils.channels.graph import ChannelGraph, Segment, Space
-from utils.channels.plan import NOTHING, Plan, joined_spaces, norm_places
+from utils.channels.plan import Plan, assembled
+from utils.channels.slots import slot_hosts
 
 SIGMAS = 3.3  # of the number of live channels, above its mean: one draw of a run of channels in 2,000 needs more
 
@@ -66,12 +67,18 @@ class FixedShapes:
         stored: per space a (width,) bool array: the channels whose parameters still exist.
         capacities: slots of every run of channels, at most those that are stored. With all of them, a run is computed
             as a whole, and dropped channels are set to 0.
+        spreading: see `slot_hosts`.
     """
 
-    def __init__(self, graph: ChannelGraph, stored: list[np.ndarray], capacities: Capacities) -> None:
+    def __init__(self, graph: ChannelGraph, stored: list[np.ndarray], capacities: Capacities, spreading: int) -> None:
         self.graph, self.stored, self.capacities = graph, stored, capacities
         self.widths = [sum(capacities[segment] for segment in space.segments) for space in graph.spaces]
-        self._in_order = [width == own.sum() for width, own in zip(self.widths, stored, strict=True)]
+        self._hosts = slot_hosts(graph, self.widths, spreading)
+        self.widths = [self.widths[host] for host in self._hosts]
+        self._whole = [
+            np.array_equal(stored[space], stored[host]) and width == stored[host].sum()
+            for space, (host, width) in enumerate(zip(self._hosts, self.widths, strict=True))
+        ]
         self._runs: list[list[tuple[np.ndarray, int]]] = []  # per space: its channels that are stored, and their slots
         for space, own in zip(graph.spaces, stored, strict=True):
             channels = [run[own[run]] for run in _split(space, np.arange(space.width))]
@@ -90,62 +97,31 @@ class FixedShapes:
             mask_U: (U,) bool, the layer guard applied; no unit whose parameters have left.
         """
         live = self.graph.live_channels(mask_U)
-        channels, alive = [], []
+        own = []
         for runs, live_C in zip(self._runs, live, strict=True):
-            parts = [_filled(own, live_C[own], slots) for own, slots in runs]
+            parts = [_filled(channels, live_C[channels], slots) for channels, slots in runs]
             if any(part is None for part in parts):
                 return None
-            channels.append(np.concatenate([part[0] for part in parts]))
-            alive.append(np.concatenate([part[1] for part in parts]))
-        index = [(np.cumsum(own) - 1)[chosen] for own, chosen in zip(self.stored, channels, strict=True)]
-        slots = [np.where(lives, places, NOTHING) for places, lives in zip(index, alive, strict=True)]
-        return Plan(
-            mask_U=mask_U,
-            live=live,
-            counts=[int(live_C.sum()) for live_C in live],
-            widths=self.widths,
-            index=[None if whole else places for whole, places in zip(self._in_order, index, strict=True)],
-            alive=[
-                None if space.full else lives.astype(np.int64)
-                for space, lives in zip(self.graph.spaces, alive, strict=True)
-            ],
-            positions={
-                (inner, outer): _positions(channels[inner], channels[outer], len(live[outer]))
-                for inner, outer in joined_spaces(self.graph)
-                if not self._same_order(inner, outer)
-            },
-            norms=norm_places(self.graph, slots, self.stored),
-        )
-
-    def _same_order(self, inner: int, outer: int) -> bool:
-        """Whether two spaces have all the same channels in the same slots, whatever the mask."""
-        both = self._in_order[inner] and self._in_order[outer]
-        return both and np.array_equal(self.stored[inner], self.stored[outer])
+            own.append(np.concatenate(parts))
+        channels = [own[host] for host in self._hosts]
+        alive = [
+            None if space.full else live_C[chosen]
+            for space, live_C, chosen in zip(self.graph.spaces, live, channels, strict=True)
+        ]
+        return assembled(self.graph, mask_U, live, self.widths, channels, alive, self._whole, self.stored, fixed=True)
 
 
-def _filled(own: np.ndarray, live: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The channel in each slot of a run, and whether it is live; None if there are too few slots.
+def _filled(own: np.ndarray, live: np.ndarray, slots: int) -> np.ndarray | None:
+    """The channel in each slot of a run, of which free ones hold one that is not live; None if there are too few slots.
 
     Args:
         own: (c,) the stored channels of the run.
         live: (c,) bool, which of them are.
     """
     if slots == len(own):
-        return own, live
+        return own
     kept = own[live]
     if len(kept) > slots:
         return None
-    spare = own[live.argmin()]  # there is one that is not live: fewer slots than channels
-    return np.concatenate([kept, np.full(slots - len(kept), spare)]), np.arange(slots) < len(kept)
-
-
-def _positions(inner: np.ndarray, outer: np.ndarray, width: int) -> np.ndarray:
-    """The slots of a wider set of channels to which those of a narrower one are added; free ones add 0 anywhere.
-
-    Args:
-        inner, outer: the channel in every slot. All live ones of `inner` are live in `outer`.
-        width: of the full network.
-    """
-    slot_of = np.zeros(width, dtype=np.int64)
-    slot_of[outer] = np.arange(len(outer))
-    return slot_of[inner]
+    spare = own[live.argmin()]  # there is one: fewer slots than channels
+    return np.concatenate([kept, np.full(slots - len(kept), spare)])

@@ -36,7 +36,7 @@ class GradientBuffers:
             weight.grad = self._buffers[weight] = torch.zeros_like(weight)
         memory, grad = weight.grad.movedim(1, -1), grad.movedim(1, -1)
         if inputs is not None:  # whole rows first: half the time of picking both at once
-            grad = grad.new_zeros((*grad.shape[:-1], memory.shape[-1])).index_copy_(-1, inputs, grad)
+            grad = grad.new_zeros((*grad.shape[:-1], memory.shape[-1])).index_add_(-1, inputs, grad)
         if outputs is None:
             memory.add_(grad)
         else:

@@ -15,6 +15,7 @@ from utils.channels.compact import CompactForward
 from utils.channels.cost import ExpectedCost
 from utils.channels.graph import ChannelGraph
 from utils.channels.plan import Plan, make_plan, on_device, preferred_multiple
+from utils.channels.slots import SPREADING
 from utils.conv_type import VRPGE, SubnetBatchNorm, SubnetConv, subnet_convs
 
 
@@ -109,6 +110,11 @@ class SparseNetwork:
         groups = [] if self.execution == "released" else self.graph.vital_groups
         return [group[self.stored_units[group]] for group in groups]
 
+    @property
+    def spreading(self) -> int:
+        """See `utils/channels/slots.py`. Where nothing is padded, no tensor has a slot that it does not need."""
+        return SPREADING[self.precision] if self.multiple > 1 else 0
+
     def plan(self, mask_U: np.ndarray) -> Plan:
         """The channels of a pass under a drawn mask, the layer guard applied (see `keep_one_unit`).
 
@@ -143,7 +149,7 @@ class SparseNetwork:
             runs = [segment for segment, _ in stored_runs(self.graph, self.stored)]
             capacities = dict(zip(runs, slots, strict=True))
         if self.shapes is None or self.shapes.capacities != capacities:
-            self.shapes = FixedShapes(self.graph, self.stored, capacities)
+            self.shapes = FixedShapes(self.graph, self.stored, capacities, self.spreading)
 
     def _guarded(self, mask_U: np.ndarray) -> np.ndarray:
         mask_U = keep_one_unit(mask_U, self.scores, self.vital_groups)
@@ -151,7 +157,7 @@ class SparseNetwork:
         return mask_U
 
     def _drawn(self, mask_U: np.ndarray) -> Plan:
-        return make_plan(self.graph, mask_U, self.multiple, self.stored)
+        return make_plan(self.graph, mask_U, self.multiple, self.stored, self.spreading)
 
     def __call__(self, images: Tensor, plan: Plan, update_statistics: bool = True) -> Tensor:
         """Logits (B, classes) under a plan, in float32 or wider; train or eval mode is the model's.

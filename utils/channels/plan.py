@@ -12,6 +12,7 @@ from torch import Tensor
 
 from utils.algorithm.transfer import sent_to
 from utils.channels.graph import ChannelGraph
+from utils.channels.slots import joined_spaces, slot_hosts
 
 List = np.ndarray | Tensor
 NOTHING = -1  # in a slot without a live channel
@@ -29,35 +30,27 @@ class Plan:
         live: per space a (width,) bool array on the host.
         counts: per space the number of live channels.
         widths: per space the number of slots, at most the width of the full network.
-        index: per space where the channels of its slots stand in the stored parameters; slots behind the end of the
-            list are padding. None if the slots are all stored channels in their order.
-        alive: per space which slots hold a live channel, 1 or 0; None if all do that `index` fills.
+        filled: per space the number of slots in front of the padding.
+        index: per space where the channels of its slots stand in the stored parameters; a channel that is not live may
+            stand anywhere, and slots behind the end of the list are padding. None if the slots are all stored channels
+            in their order.
+        alive: per space which of the filled slots hold a live channel, 1 or 0; None if all do.
         positions: for a pair of spaces (inner, outer), the slots of `outer` to which those of `inner` are added; only
             for pairs that an addition joins and that differ.
         norms: the slots of all batch-norms in the joined vectors of `utils/channels/vectors.py`.
+        fixed: whether its shapes are those of `FixedShapes`, whatever the mask.
     """
 
     mask_U: np.ndarray
     live: list[np.ndarray]
     counts: list[int]
     widths: list[int]
+    filled: list[int]
     index: list[List | None]
     alive: list[List | None]
     positions: dict[tuple[int, int], List]
     norms: List
-
-    @property
-    def fixed(self) -> bool:
-        """Whether its shapes are those of `FixedShapes`, whatever the mask."""
-        return any(alive is not None for alive in self.alive)
-
-    @property
-    def filled(self) -> list[int]:
-        """Per space the number of slots in front of the padding."""
-        return [
-            count if alive is None else width
-            for count, width, alive in zip(self.counts, self.widths, self.alive, strict=True)
-        ]
+    fixed: bool = False
 
     def lists(self) -> list[List]:
         """All lists of channels, in the order in which `with_lists` takes them."""
@@ -76,29 +69,26 @@ class Plan:
 
 
 def preferred_multiple(device: torch.device) -> int:
-    """Channel counts at which convolutions are fast: a 17th channel costs as much as the 24th.
+    """The multiple to which numbers of channels are rounded up, for which convolutions cost no more or hardly more.
 
-    One vector register of float32 on a CPU (measured with AVX2: 7 to 9 channels take 3.7 ms, 8 to 8 take 1.5 ms), the
-    alignment of the tensor cores on a GPU.
+    One vector register of float32 on a CPU with AVX2 (7 to 9 channels take 3.7 ms, 8 to 8 take 1.5 ms). Half a register
+    with AVX-512, where a step of 8 channels saves up to a third of a layer, and costs nothing where it saves nothing:
+    3x3 convolutions of 128 maps, forward and backward, one thread, take in ms
+
+        channels                  8     16     24     32     48     56     64
+        float32,  32x32 pixels   11.5   20.2   49.6   69.1
+        float32,  16x16 pixels    4.1    6.0   13.7   17.9   35.9   56.1   61.6
+        bfloat16, 32x32 pixels    4.1    6.1   11.2   11.1
+        bfloat16, 16x16 pixels    1.3    1.6    3.1    3.1    6.6    9.3    9.4
+
+    The alignment of the tensor cores on a GPU.
     """
     if device.type == "cuda":
         return 8
-    return {"AVX2": 8, "AVX512": 16}.get(torch.backends.cpu.get_cpu_capability(), 4)
+    return {"AVX2": 8, "AVX512": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
 
 
-def joined_spaces(graph: ChannelGraph) -> list[tuple[int, int]]:
-    """The pairs (inner, outer) of different spaces of which an addition joins the first into the second."""
-    pairs = {
-        (graph.ops[i].space, op.space)
-        for op in graph.ops
-        if op.kind == "add"
-        for i in op.inputs
-        if graph.ops[i].space != op.space
-    }
-    return sorted(pairs)
-
-
-def make_plan(graph: ChannelGraph, mask_U: np.ndarray, multiple: int, stored: list[np.ndarray]) -> Plan:
+def make_plan(graph: ChannelGraph, mask_U: np.ndarray, multiple: int, stored: list[np.ndarray], spreading: int) -> Plan:
     """Follows one mask through the graph, on the host: as many slots as there are live channels, padded.
 
     Args:
@@ -106,23 +96,77 @@ def make_plan(graph: ChannelGraph, mask_U: np.ndarray, multiple: int, stored: li
         multiple: what the channel counts of maskable tensors are padded to.
         stored: per space a (width,) bool array: the channels whose parameters still exist (see
             `utils/channels/shrink.py`), at least the live ones.
+        spreading: see `slot_hosts`.
     """
     live = graph.live_channels(mask_U)
     counts = [int(channels.sum()) for channels in live]
-    widths, index, slots = [], [], []
-    for space, count, channels, own in zip(graph.spaces, counts, live, stored, strict=True):
-        padded = -(-count // multiple) * multiple
-        widths.append(space.width if space.full else min(padded, space.width))
-        kept = channels[own]
-        index.append(None if kept.all() else np.flatnonzero(kept))
-        slots.append(np.concatenate([np.flatnonzero(kept), np.full(widths[-1] - count, NOTHING)]))
-    positions = {
-        (inner, outer): np.flatnonzero(live[inner][live[outer]])
-        for inner, outer in joined_spaces(graph)
-        if counts[inner] < counts[outer]
-    }
-    norms = norm_places(graph, slots, stored)
-    return Plan(mask_U, live, counts, widths, index, [None] * len(live), positions, norms)
+    padded = [-(-count // multiple) * multiple for count in counts]
+    widths = [s.width if s.full else min(slots, s.width) for s, slots in zip(graph.spaces, padded, strict=True)]
+    hosts = slot_hosts(graph, widths, spreading)
+    own = [np.flatnonzero(live_C) for live_C in live]
+    channels, widths = [own[host] for host in hosts], [widths[host] for host in hosts]
+    alive = [live_C[chosen] for live_C, chosen in zip(live, channels, strict=True)]
+    alive = [None if lives.all() else lives for lives in alive]
+    whole = [np.array_equal(chosen, np.flatnonzero(own)) for own, chosen in zip(stored, channels, strict=True)]
+    return assembled(graph, mask_U, live, widths, channels, alive, whole, stored)
+
+
+def assembled(
+    graph: ChannelGraph,
+    mask_U: np.ndarray,
+    live: list[np.ndarray],
+    widths: list[int],
+    channels: list[np.ndarray],
+    alive: list[np.ndarray | None],
+    whole: list[bool],
+    stored: list[np.ndarray],
+    fixed: bool = False,
+) -> Plan:
+    """The plan that puts given channels into the slots, on the host.
+
+    Args:
+        mask_U, live, widths, fixed: see `Plan`.
+        channels: per space the channel of the full network in every slot in front of the padding, all live ones among
+            them. Spaces that share their slots have the same array.
+        alive: per space which of them are live: bool arrays; None where all are.
+        whole: per space whether they are all stored channels in their order.
+        stored: as for `make_plan`.
+    """
+    # a channel that is not live may not be stored either: any will do
+    index = [(np.cumsum(own) - 1).clip(min=0)[chosen] for own, chosen in zip(stored, channels, strict=True)]
+    slots = [
+        np.concatenate(
+            [np.where(True if lives is None else lives, places, NOTHING), np.full(width - len(places), NOTHING)]
+        )
+        for places, lives, width in zip(index, alive, widths, strict=True)
+    ]
+    return Plan(
+        mask_U=mask_U,
+        live=live,
+        counts=[int(live_C.sum()) for live_C in live],
+        widths=widths,
+        filled=[len(chosen) for chosen in channels],
+        index=[None if is_whole else places for is_whole, places in zip(whole, index, strict=True)],
+        alive=[None if lives is None else lives.astype(np.int64) for lives in alive],
+        positions={
+            (inner, outer): places_in(channels[outer], channels[inner], graph.spaces[outer].width)
+            for inner, outer in joined_spaces(graph)
+            if channels[inner] is not channels[outer]
+        },
+        norms=norm_places(graph, slots, stored),
+        fixed=fixed,
+    )
+
+
+def places_in(channels: np.ndarray, wanted: np.ndarray, width: int) -> np.ndarray:
+    """Where some channels stand in a list of channels; 0 for one that is not in it.
+
+    Args:
+        width: of the full network.
+    """
+    place_of = np.zeros(width, dtype=np.int64)
+    place_of[channels] = np.arange(len(channels))
+    return place_of[wanted]
 
 
 def norm_places(graph: ChannelGraph, slots: list[np.ndarray], stored: list[np.ndarray]) -> np.ndarray:
