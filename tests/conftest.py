@@ -1,5 +1,6 @@
 """Fixtures that several rooms share. Workers of `pytest -n` get one thread each, before torch starts its own."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 TINY = """
 set: ImageFolder
-arch: resnet20_he
+arch: resnet8_he
 width_mult: 0.25
 keep_ratio: 0.5
 budget_schedule: cubic
@@ -29,6 +30,18 @@ bn_batches: 2
 holdout: 0.2
 workers: 0
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def git_is_asked_once() -> Iterator[None]:
+    """Each of the runs of the tests would start three git processes to learn the same commit."""
+    from utils.run import folder
+
+    project, ask = folder.PROJECT_FOLDER, folder._git_state
+    ask_once = functools.cache(ask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder, "_git_state", lambda: ask_once() if project == folder.PROJECT_FOLDER else ask())
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -47,19 +60,24 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def program_in(folder: Path, images: Path, patch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Changes into an empty folder, and returns a function that runs `main` there with further options."""
+    from main import main
+
+    config = folder / "tiny.yaml"
+    config.write_text(TINY)
+    patch.chdir(folder)
+
+    def run(*options: str, name: str = "run") -> int:
+        return main(["--config", str(config), "--data", str(images), "--name", name, *options])
+
+    return run
+
+
 @pytest.fixture
 def program(tmp_path: Path, tiny_images: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Runs `main` on the tiny images, in an empty folder, with the given options; returns its exit code."""
-    from main import main
-
-    config = tmp_path / "tiny.yaml"
-    config.write_text(TINY)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*options: str, name: str = "run") -> int:
-        return main(["--config", str(config), "--data", str(tiny_images), "--name", name, *options])
-
-    return run
+    return program_in(tmp_path, tiny_images, monkeypatch)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from utils.run.checkpoint import differences, load
 
 PROJECT = Path(__file__).parents[2]
 TINY = [
-    *("--arch", "resnet20_he", "--width-mult", "0.1", "--epochs", "1", "--batch-size", "4", "--no-finetune"),
+    *("--arch", "resnet8_he", "--width-mult", "0.1", "--epochs", "1", "--batch-size", "4", "--no-finetune"),
     *("--num-subnets", "0", "--bn-batches", "1", "--holdout", "0", "--sample-from-training-set"),
 ]
 # The program; its second step sends SIGTERM to the whole process group, as `timeout` and batch systems do.

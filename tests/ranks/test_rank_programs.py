@@ -52,7 +52,7 @@ def results(folder, tiny_images) -> list[dict[str, Any]]:
         # different seeds are different first weights, in all layers
         ("at the start", "rank 0: error: rank 1 differs from rank 0 after 0 epochs and 0 steps in conv1.weight ("),
         # the weight and its momentum, which its decay feeds; every third step is checked, and the second differs
-        ("between steps", "rank 1 differs from rank 0 after 0 epochs and 3 steps in layer3.2.conv2.weight (2 of "),
+        ("between steps", "rank 1 differs from rank 0 after 0 epochs and 3 steps in layer3.0.conv2.weight (2 of "),
         ("at the end of an epoch", "rank 1 differs from rank 0 after 2 epochs and 0 steps in layer2.0.bn1.bias ("),
     ],
 )

@@ -255,7 +255,7 @@ def codes(folder, tiny_images) -> list[dict[str, list[int]]]:
     result = torchrun("-m", "tests.ranks.program", "programs", str(folder), str(tiny_images))
     assert result.returncode == 0, result.stderr
     assert "batch size 16: 2 ranks x 8, each with masks of its own" in result.stdout
-    assert result.stdout.count("trained resnet20_he on ImageFolder: 5 epochs") == 3  # only rank 0 speaks
+    assert result.stdout.count("trained resnet8_he on ImageFolder: 5 epochs") == 3  # only rank 0 speaks
     return [torch.load(folder / f"rank{number}.pt", weights_only=True) for number in range(ranks.RANKS)]
 
 

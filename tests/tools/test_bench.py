@@ -23,7 +23,7 @@ from utils.run import checkpoint
 
 CPU = torch.device("cpu")
 SHAPES = SimpleNamespace(image_size=32, num_classes=10, channels=3, fingerprint="none", facts=dict)
-SMALL = ("--arch", "resnet20", "--width-mult", "0.125", "--batch-size", "4", "--device", "cpu")
+SMALL = ("--arch", "resnet8_he", "--width-mult", "0.125", "--batch-size", "4", "--device", "cpu")
 
 
 def bench_of(*words: str) -> bench.Bench:

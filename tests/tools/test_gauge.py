@@ -54,7 +54,7 @@ def test_passes_are_those_of_the_masked_reference_and_leave_no_trace():
 # ---- the program ----
 
 OPTIONS = {
-    "arch": "resnet20_he",
+    "arch": "resnet8_he",
     "width_mult": 0.125,
     "batch_size": 16,
     "keep_ratio": 0.5,

@@ -303,7 +303,7 @@ def test_the_rule_is_told(capsys):
 
 def test_a_real_run_is_found_by_its_own_config(tmp_path, monkeypatch, tiny_images):
     monkeypatch.chdir(tmp_path)
-    options = {"set": "ImageFolder", "data": str(tiny_images), "arch": "resnet20_he", "width_mult": 0.25, "workers": 0}
+    options = {"set": "ImageFolder", "data": str(tiny_images), "arch": "resnet8_he", "width_mult": 0.25, "workers": 0}
     options |= {"epochs": 1, "batch_size": 40, "finetune": False, "num_subnets": 1, "bn_batches": 1, "holdout": 0.2}
     options["score_lr"] = "auto"  # the run has a number in its place
     table = {"title": "One", "base": options, "seeds": [3], "dense": "half", "rows": {"half": {"keep_ratio": 0.5}}}
