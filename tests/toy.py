@@ -318,6 +318,38 @@ def sparse_network(
     **options: Any,
 ) -> SparseNetwork:
     """A `SparseNetwork` over a copy of `net`, its scores in the dtype of its weights; unpadded unless asked."""
+    if type(net) not in NETWORKS.values():  # of these a class has one forward pass
+        return build_network(net, layers, execution, score_init, image_shape, device, options)
+    arguments = (tuple(layers), execution, score_init, image_shape, device, tuple(sorted(options.items())))
+    key = (type(net), repr(net), net.training, next(net.parameters()).dtype, arguments)  # repr: every module's options
+    if key not in BUILT:
+        BUILT[key] = build_network(net, layers, execution, score_init, image_shape, device, options)
+    network = copy_of(BUILT[key])
+    own = network.model.state_dict(keep_vars=True)
+    for name, tensor in net.state_dict().items():
+        own[name].data = tensor.to(device, copy=True)  # with its layout in memory
+    return network
+
+
+BUILT: dict[tuple, SparseNetwork] = {}  # a copy takes a seventh of the time that tracing does
+
+
+def copy_of(network: SparseNetwork) -> SparseNetwork:
+    """An independent network; the scores of its layers are views of its flat vector, as those of the first one."""
+    copied = copy.deepcopy(network)
+    copied.scores = copied._flatten_scores()
+    return copied
+
+
+def build_network(
+    net: nn.Module,
+    layers: Sequence[str],
+    execution: str,
+    score_init: float,
+    image_shape: tuple[int, int, int],
+    device: str,
+    options: Mapping[str, Any],
+) -> SparseNetwork:
     dtype = next(net.parameters()).dtype
     model = sparsify(copy.deepcopy(net), list(layers), score_init).to(device, dtype)
     default = torch.get_default_dtype()
