@@ -69,7 +69,7 @@ def test_a_crash_while_serialising_leaves_the_old_checkpoint(path: Path, monkeyp
     assert_untouched(path)
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("function", [pytest.param("fsync", marks=pytest.mark.slow), "replace"])
 def test_a_process_killed_while_saving_leaves_the_old_checkpoint(path: Path, function: str) -> None:
     script = f"""
         import os, sys, torch

@@ -222,7 +222,7 @@ def test_without_held_out_images_the_last_epoch_is_the_result(images, tmp_path):
 # ---- with real evaluations ----
 
 
-@pytest.mark.parametrize("method", ["vrpge", "thin"])
+@pytest.mark.parametrize("method", ["vrpge", pytest.param("thin", marks=pytest.mark.slow)])
 def test_wrong_labels_on_all_test_images_change_nothing_but_the_test_columns(images, tmp_path, method):
     """Bit by bit. Here test images would choose another epoch: the better the network, the worse it does on them."""
     turned = make_images(tmp_path / "turned", turn=1)

@@ -41,7 +41,7 @@ def finished(images, tmp_path_factory) -> Run:
     return run(tmp_path_factory.mktemp("finished"), images, **SHORT)
 
 
-SLOW = ("fine-tuning", "finished thin", "no fine-tuning")  # the others are nearly the same
+SLOW = ("fine-tuning", "finished", "finished thin", "no fine-tuning")  # nearly the same as others
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in LONGER])

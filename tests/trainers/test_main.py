@@ -16,6 +16,7 @@ import torch
 import trainers.recipe
 from args import Config, parse_args
 from main import main
+from tests.conftest import program_in
 from tests.toy import CLOCKS, without_clocks
 from trainers.result import result_lines
 from utils.run.checkpoint import differences, load
@@ -77,7 +78,7 @@ def test_test_images_may_be_looked_at_rarely_and_decide_nothing(program, options
     result, rows = told("always")
     assert all(row["test_top1"] for row in rows)
     assert result["test_top1"] is not None
-    for every, due in ((2, {"2", "4"}), (0, set())):
+    for every, due in ((2, {"2", "4"}), (0, set()))[: 1 if options else 2]:
         assert program(*options, "--test-every", str(every), name=f"every-{every}") == 0
         same, rarer = told(f"every-{every}")
         assert same == result
@@ -95,7 +96,7 @@ def test_test_images_may_be_looked_at_rarely_and_decide_nothing(program, options
 
 
 def test_training_learns_the_tiny_images(program):
-    assert program("--epochs", "20", "--budget-schedule", "constant") == 0
+    assert program("--epochs", "12", "--budget-schedule", "constant", "--no-finetune") == 0
     assert json.loads((folder_of() / "summary.json").read_text())["test_top1"] >= 75  # chance is 25
 
 
@@ -106,12 +107,23 @@ def test_original_options_without_a_gpu_fall_back_to_the_cpu(program, capsys):
     assert "no CUDA GPU here, training on the CPU instead" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("stop_at", "number"), [(3, signal.SIGTERM), *((n, signal.SIGINT) for n in (0, 7, 11, 13, 17))]
-)
-def test_a_run_stopped_anywhere_and_resumed_ends_bit_equal(program, monkeypatch, capsys, stop_at, number):
-    assert program(name="whole") == 0
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, tiny_images) -> Path:
+    """The folder of a run that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        assert program_in(folder, tiny_images, patch)(name="whole") == 0
+    return folder / folder_of("whole")
 
+
+@pytest.mark.parametrize(
+    ("stop_at", "number"),
+    [
+        *((0, signal.SIGINT), (11, signal.SIGTERM), (13, signal.SIGINT)),  # first and last step of search, fine-tuning
+        *(pytest.param(n, signal.SIGINT, marks=pytest.mark.slow) for n in (3, 7, 17)),
+    ],
+)
+def test_a_run_stopped_anywhere_and_resumed_ends_bit_equal(program, whole_run, monkeypatch, capsys, stop_at, number):
     step, count = trainers.recipe.Recipe.step, iter(range(1000))
 
     def interrupted_step(self, images, labels, settings):
@@ -127,19 +139,20 @@ def test_a_run_stopped_anywhere_and_resumed_ends_bit_equal(program, monkeypatch,
     assert program("--resume", name="parts") == 0
     assert parse_args(["--config", str(folder_of("parts") / "config.yaml")]).config.run.resume is None
 
+    folders = (whole_run, folder_of("parts"))
     for file in ("checkpoints/last.pt", "checkpoints/best.pt"):
-        whole, parts = (load(folder_of(name) / file) for name in ("whole", "parts"))
+        whole, parts = (load(folder / file) for folder in folders)
         assert differences(without_clocks(whole), without_clocks(parts)) == []
     tables = []
-    for name in ("whole", "parts"):
-        with open(folder_of(name) / "results.csv", newline="") as file:
+    for folder in folders:
+        with open(folder / "results.csv", newline="") as file:
             tables.append([{k: v for k, v in row.items() if k not in CLOCKS} for row in csv.DictReader(file)])
     assert tables[0] == tables[1]
 
 
 def test_checkpoints_of_different_epochs_differ(program):
     """The negative twin of the test above: equality there is not that of everything with everything."""
-    assert program("--save-every", "1") == 0
+    assert program("--save-every", "1", "--no-finetune") == 0
     two, three = (load(folder_of() / "checkpoints" / f"epoch_{epoch}.pt") for epoch in (2, 3))
     names = differences(without_clocks(two), without_clocks(three))
     assert any(name.startswith("model.") for name in names)
@@ -200,7 +213,7 @@ def test_masked_and_compact_runs_are_the_same_run(program):
     "options", [("--K", "3"), ("--constrain-by-layer",), ("--estimator", "reinforce"), ("--estimator", "taylor")]
 )
 def test_variants_of_the_search_train(program, options):
-    assert program("--epochs", "1", *options) == 0
+    assert program("--epochs", "1", "--no-finetune", *options) == 0
 
 
 def test_the_released_method_trains_and_evaluates(program, capsys):
@@ -213,7 +226,7 @@ def test_the_released_method_trains_and_evaluates(program, capsys):
 
 
 def test_the_released_method_does_not_read_what_a_file_says_for_other_methods(program, tmp_path):
-    short = ("--method", "released", "--epochs", "2", "--no-finetune")
+    short = ("--method", "released", "--epochs", "1", "--no-finetune")
     assert program(*short, name="plain") == 0
     others = (
         "execution: masked\nresidual_masks: tied\nestimator: linear_cv_gates\nscore_every: 2\nscore_gradient: tangent\n"
@@ -290,14 +303,16 @@ def test_images_too_small_for_the_network_are_refused(program, capsys):
     assert "vgg16 does not fit images of 8x8 pixels" in capsys.readouterr().err
 
 
-def test_twenty_steps_as_a_subprocess(tmp_path):
+@pytest.mark.slow  # tools/test_reproduce.py starts the program too
+def test_two_steps_as_a_subprocess(tmp_path):
     command = [sys.executable, "main.py", "--config", "configs/quickstart.yaml", "--log-dir", str(tmp_path / "runs")]
-    command += ["--epochs", "1", "--batch-size", "450", "--width-mult", "0.0625", "--no-finetune"]
+    command += ["--epochs", "1", "--batch-size", "100", "--train-images", "200", "--no-finetune"]
+    command += ["--arch", "vgg11", "--width-mult", "0.0625"]
     command += ["--num-subnets", "1", "--bn-batches", "1"]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    assert "trained vgg16 on FashionMNIST-mini: 1 epoch\n" in result.stdout
-    assert (tmp_path / "runs/quickstart/vgg16/prune_rate=0.5/summary.json").exists()
+    assert "trained vgg11 on FashionMNIST-mini: 1 epoch\n" in result.stdout
+    assert (tmp_path / "runs/quickstart/vgg11/prune_rate=0.5/summary.json").exists()
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2():
@@ -319,6 +334,7 @@ def test_a_report_that_cannot_be_written_does_not_end_the_training(program, monk
     assert (folder_of() / "summary.json").exists()
 
 
+@pytest.mark.slow  # test_ledger.py counts such steps one by one
 def test_cheaper_structure_steps_cost_less_in_the_ledger(program):
     ratios = []
     for name, options in (("every", ()), ("third", ("--score-every", "3"))):

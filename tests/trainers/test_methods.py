@@ -67,11 +67,16 @@ def first_batch(size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- through the program --------------------------------------------------------------------------------------------
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("method", "stop_at"),
     [
-        *((method, 5) for method in METHODS if method != "vrpge"),
-        *((method, 9) for method in ("coin", "l1", "sfp", "taylor_cut", "gumbel")),
+        *((method, 5) for method in METHODS if method not in ("vrpge", "gumbel", "l1")),
+        *((method, 9) for method in ("gumbel", "l1")),
+        *(pytest.param(method, 5, marks=SLOW) for method in ("gumbel", "l1")),
+        *(pytest.param(method, 9, marks=SLOW) for method in ("coin", "sfp", "taylor_cut")),
     ],
 )
 def test_a_run_finishes_in_its_budget_evaluates_alike_and_resumes_bit_equal(
@@ -86,7 +91,7 @@ def test_a_run_finishes_in_its_budget_evaluates_alike_and_resumes_bit_equal(
         assert (summary["flops_ratio"], summary["units_kept"], summary["execution"]) == (1, None, "dense")
     else:
         assert 0.4 < summary["units_kept"] <= 0.5
-        assert summary["flops_ratio"] < (0.6 if method == "taylor_cut" else 0.5)  # which keeps the widest maps
+        assert summary["flops_ratio"] < (0.65 if method == "taylor_cut" else 0.5)  # which keeps the widest maps
     phases = [line.split(",")[1] for line in (whole / "results.csv").read_text().splitlines()[1:]]
     assert phases == ([ONE_PHASE[method]] * 3 if method in ONE_PHASE else ["search", "search", "finetune"])
     capsys.readouterr()
@@ -159,7 +164,7 @@ def test_one_learning_rate_curve_may_run_through_search_and_fine_tuning():
 @pytest.mark.parametrize(
     ("arch", "width"), [("resnet20_he", 0.5), ("vgg16", 0.25), ("wrn16_8", 0.125), ("mobilenet_v1", 0.25)]
 )
-@pytest.mark.parametrize("residual_masks", ["free", "tied"])
+@pytest.mark.parametrize("residual_masks", ["free", pytest.param("tied", marks=SLOW)])
 def test_thin_starts_like_a_network_that_is_built_thin(arch, width, residual_masks):
     """Bit by bit: the same shapes, the same fans, the same draws."""
     config = parse_args(["--arch", arch, "--width-mult", str(width), "--method", "thin"]).config
@@ -194,7 +199,7 @@ def test_random_masks_are_uniform_within_the_budget_and_follow_the_seed():
 
 
 @pytest.mark.parametrize("unit", ["flops", "params"])
-@pytest.mark.parametrize("ratio", [0.1, 0.27, 0.8])
+@pytest.mark.parametrize("ratio", [0.1, 0.27, pytest.param(0.8, marks=SLOW)])
 @pytest.mark.parametrize(
     ("method", "least"), [("thin", 0.97), ("l1", 0.9), ("sfp", 0.9), ("slimming", 0.97), ("taylor_cut", 0.97)]
 )

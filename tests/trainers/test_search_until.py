@@ -211,7 +211,7 @@ def test_scores_start_at_the_top_of_the_budget(images, tmp_path, budget):
         assert 0.8 < value < 0.8**0.5
 
 
-@pytest.mark.parametrize("budget", ["channels", "flops"])
+@pytest.mark.parametrize("budget", ["channels", pytest.param("flops", marks=SLOW)])
 def test_a_budget_that_is_spent_is_spent_in_every_step_and_by_every_candidate(images, tmp_path, budget, monkeypatch):
     """Scores that fall in every step: without it, less and less would be left."""
 

@@ -131,7 +131,7 @@ def kept(new: RunState) -> np.ndarray:
             {"method": "vrpge", "estimator": "linear_cv_gates", "constrain_by_layer": True}, marks=pytest.mark.slow
         ),
         pytest.param({"method": "sfp"}, marks=pytest.mark.slow),
-        {"method": "slimming"},
+        pytest.param({"method": "slimming"}, marks=pytest.mark.slow),
     ],
     ids=lambda options: options.get("estimator", options["method"]),
 )
