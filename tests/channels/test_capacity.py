@@ -143,9 +143,19 @@ def cut_like(values: SparseNetwork, outcome: Outcome, units_U: np.ndarray) -> Ou
     return Outcome(outcome.loss, outcome.logits, gradients, statistics_of(values.model))
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["whole", "after units have left"])
-@pytest.mark.parametrize("residual_masks", ["free", "tied"])
-@pytest.mark.parametrize(("arch", "width_mult"), FAMILIES)
+# A chain, additions of residual streams, and depthwise layers; the other families combine them.
+QUICK = ("vgg16", "resnet20_he", "mobilenet_v1")
+
+
+@pytest.mark.parametrize(
+    ("arch", "width_mult", "residual_masks", "left"),
+    [
+        pytest.param(*family, masks, left, marks=[pytest.mark.slow] * (family[0] not in QUICK or tied == left))
+        for family in FAMILIES
+        for tied, masks in enumerate(("free", "tied"))
+        for left in (False, True)  # units have left
+    ],
+)
 def test_every_family_equals_masked_execution(arch, width_mult, residual_masks, left):
     masked = network_of(arch, width_mult, execution="masked", residual_masks=residual_masks)
     fixed, values = (network_of(arch, width_mult, residual_masks=residual_masks, multiple=2) for _ in range(2))
@@ -230,7 +240,10 @@ def operations_of(network: SparseNetwork, plans: list[Plan]) -> list[tuple]:
     return recorder.operations
 
 
-@pytest.mark.parametrize(("arch", "width_mult"), FAMILIES)
+@pytest.mark.parametrize(
+    ("arch", "width_mult"),
+    [pytest.param(*family, marks=[pytest.mark.slow] * (family[0] not in QUICK)) for family in FAMILIES],
+)
 def test_all_draws_run_the_same_operations_on_the_same_shapes(arch, width_mult):
     network = network_of(arch, width_mult, multiple=2)
     scores_U = np.random.default_rng(0).random(network.num_units)

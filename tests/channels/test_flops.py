@@ -167,8 +167,15 @@ def test_toy_networks(kind, case):
     assert network.dense_parameters == sum(p.numel() for p in network.weight_parameters())
 
 
-@pytest.mark.parametrize("case", ["random", "mostly empty", "one each", "all"])
-@pytest.mark.parametrize(("arch", "width_mult", "size"), [("vgg16", 0.125, 32), ("resnet20", 0.125, 16)])
+@pytest.mark.parametrize(
+    ("arch", "width_mult", "size", "case"),
+    [
+        *(("vgg16", 0.125, 32, case) for case in ("random", "all")),
+        *(("resnet20", 0.125, 16, case) for case in ("mostly empty", "one each")),
+        *(pytest.param("vgg16", 0.125, 32, case, marks=pytest.mark.slow) for case in ("mostly empty", "one each")),
+        *(pytest.param("resnet20", 0.125, 16, case, marks=pytest.mark.slow) for case in ("random", "all")),
+    ],
+)
 def test_networks_of_the_registry(arch, width_mult, size, case):
     """Zero channels too: where the guard permits (a branch, one of a pair), else it leaves one."""
     image_shape = (3, size, size)

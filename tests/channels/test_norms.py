@@ -67,7 +67,7 @@ def test_a_norm_that_two_tied_layers_share_is_read_once():
     assert len(places) == len(set(places)) < len(network.layers)
 
 
-@pytest.mark.parametrize("residual_masks", ["free", "tied"])
+@pytest.mark.parametrize("residual_masks", [pytest.param("free", marks=pytest.mark.slow), "tied"])
 def test_gates_of_a_network_that_has_shrunk(residual_masks):
     network = network_of("resnet20_he", 0.25, residual_masks=residual_masks)
     network.model.train()

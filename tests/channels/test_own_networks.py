@@ -58,9 +58,14 @@ def one_step(network: SparseNetwork, masks_KU: np.ndarray) -> dict[str, torch.Te
 
 @pytest.mark.parametrize(
     ("arch", "residual_masks"),
-    [("resnet18", "free"), ("resnet18", "tied"), ("vgg16_bn", "free"), ("mobilenet_v2", "free"),
-     ("mobilenet_v2", "tied"), ("densenet121", "free")],
-)  # fmt: skip
+    [
+        *(("resnet18", "free"), ("mobilenet_v2", "tied"), ("densenet121", "free")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("resnet18", "tied"), ("mobilenet_v2", "free"), ("vgg16_bn", "free"))
+        ),
+    ],
+)
 def test_a_step_of_torchvisions_networks(arch, residual_masks):
     torch.manual_seed(0)
     plain = randomise(BUILDERS[arch](), seed=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -28,9 +30,22 @@ def search_in(arch: str, width_mult: float, estimator: str = "vrpge", residual_m
     return search_of(network, config(estimator=estimator), weight_optimizer=weights)
 
 
-@pytest.mark.parametrize("residual_masks", ["free", "tied"])
-@pytest.mark.parametrize("estimator", ["vrpge", "linear_cv_gates"])
-@pytest.mark.parametrize(("arch", "width_mult"), NETWORKS)
+# Every network with both estimators and, if it has residual streams, with both kinds of masks; the rest is slow.
+FAST = (
+    *(("vgg16", "vrpge", "free"), ("vgg16", "linear_cv_gates", "free")),
+    *(("resnet20_he", "vrpge", "free"), ("resnet20_he", "linear_cv_gates", "tied")),
+    *(("wrn28_10", "vrpge", "tied"), ("wrn28_10", "linear_cv_gates", "free")),
+)
+
+
+@pytest.mark.parametrize(
+    ("arch", "width_mult", "estimator", "residual_masks"),
+    [
+        pytest.param(*network, *case, marks=[pytest.mark.slow] * ((network[0], *case) not in FAST))
+        for network in NETWORKS
+        for case in product(("vrpge", "linear_cv_gates"), ("free", "tied"))
+    ],
+)
 def test_a_search_takes_the_same_steps_whether_dead_units_leave_or_not(arch, width_mult, estimator, residual_masks):
     whole, shrinking = (search_in(arch, width_mult, estimator, residual_masks) for _ in range(2))
     options, num_left = config(estimator=estimator, batch_size=8), 0

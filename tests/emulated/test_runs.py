@@ -29,8 +29,8 @@ from utils.run.checkpoint import differences
 @pytest.mark.parametrize(
     "recipe",
     [
-        "cifar10_resnet20",  # free residual streams
-        "best_vgg16_quarter",  # VGG with a budget of FLOPs
+        pytest.param("cifar10_resnet20", marks=pytest.mark.slow),  # free residual streams
+        pytest.param("best_vgg16_quarter", marks=pytest.mark.slow),  # VGG with a budget of FLOPs
         "early_vgg16_quarter",  # one mask, the estimator "taylor", the tangent
         "best_resnet20",  # gates beside two masks
         "imagenet_mobilenet_v1",  # depthwise layers

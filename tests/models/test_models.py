@@ -21,6 +21,19 @@ from utils.errors import UserError
 LARGE_FORMS = ("vgg", "mobilenet", "resnet18", "resnet34", "resnet50", "resnet101")  # how their names start
 HAVE_LARGE_FORM = [arch for arch in MODELS if arch.startswith(LARGE_FORMS)]
 BY_FORM = [(arch, 32) for arch in MODELS] + [(arch, LARGE_IMAGE) for arch in HAVE_LARGE_FORM]
+# More of the same blocks as in a shallower network of the registry.
+DEEPER = (
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "resnet34",
+    "resnet101",
+    "vgg13",
+    "vgg16",
+    "vgg19",
+    "wrn28_10",
+)
 IN_TORCHVISION = {f"vgg{depth}": f"vgg{depth}_bn" for depth in (11, 13, 16, 19)} | {
     arch: arch for arch in ("resnet18", "resnet34", "resnet50", "resnet101")
 }
@@ -94,7 +107,7 @@ def test_the_he_family_against_the_paper(depth, millions):
     Their shortcuts cost nothing, ours project: 16 x 32 and 32 x 64 weights and two batch-norms. Their classifier has a
     shift, ours has none.
     """
-    num_parameters, _ = size_of(f"resnet{depth}_he", 10, 32)
+    num_parameters = sum(parameter.numel() for parameter in shapes_only(f"resnet{depth}_he", 10, 32).parameters())
     theirs = num_parameters - (16 * 32 + 32 * 64) - 2 * (32 + 64) + 10
     assert round(theirs / 1e6, len(str(millions)) - 2) == millions
 
@@ -149,7 +162,9 @@ def narrow_hidden_layers(vgg: nn.Module) -> None:
         vgg.classifier[index] = nn.Linear(*shape, device="meta")
 
 
-@pytest.mark.parametrize("arch", IN_TORCHVISION)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=[pytest.mark.slow] * (arch in DEEPER)) for arch in IN_TORCHVISION]
+)
 def test_the_large_form_is_torchvisions_network(arch):
     """The same state dict both ways, and the same outputs."""
     ours = shapes_only(arch, 7, LARGE_IMAGE)
@@ -183,7 +198,14 @@ def one_step(network: SparseNetwork, masks: list[np.ndarray]) -> dict[str, Tenso
     return {**network.model.state_dict(), "next masks": search.masks.own_KU}
 
 
-@pytest.mark.parametrize(("arch", "image_size"), [form for form in BY_FORM if not form[0].endswith("_he")])
+@pytest.mark.parametrize(
+    ("arch", "image_size"),
+    [
+        pytest.param(*form, marks=[pytest.mark.slow] * (form[0] in DEEPER))
+        for form in BY_FORM
+        if not form[0].endswith("_he")
+    ],
+)
 def test_a_training_step_computes_the_same_compact_and_masked(arch, image_size):
     """The `_he` family is left out: the released one is the same at other widths, see above."""
     states = []
