@@ -20,7 +20,9 @@ import numpy as np
 import torch
 
 import trainers.default
-from tools.bench import NETWORKS, WARM_UP_STEPS, Bench, interleaved_times, read_command_line
+from tools.bench_measures import WARM_UP_STEPS, interleaved_times
+from tools.bench_networks import NETWORKS, Bench
+from tools.bench_options import read_command_line
 from tools.command_line import aligned, headline
 from tools.run_facts import RunFacts
 from trainers.devices import find_device
@@ -161,8 +163,8 @@ def measure_bench(bench: Bench, repeats: int) -> StepTimes:
         return run_step
 
     with clock.watching(bench):
-        steps = {name: timed(name, bench.build(name)[1]) for name in NETWORKS}
-        interleaved_times(steps, repeats, bench.device)
+        steps = {name: timed(name, bench.build(name).step) for name in NETWORKS}
+        interleaved_times(steps, repeats, bench.device, WARM_UP_STEPS)
     milliseconds = {}
     for name, steps_taken in taken.items():
         counted = steps_taken[-repeats:]  # without the warm-up

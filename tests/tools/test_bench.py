@@ -3,7 +3,6 @@
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,23 +11,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from args import parse_args
+from tests.tools.benches import CPU, SHAPES, SMALL, bench_of
 from tests.toy import one_thread  # noqa: F401  (a fixture)
-from tools import bench
+from tools import bench, bench_measures, bench_scores
 from trainers.build import new_run
 from trainers.default import StepSettings, draw_masks, train_step
 from utils.channels import network as network_module
 from utils.channels.network import SparseNetwork
 from utils.conv_type import PlainConv
 from utils.run import checkpoint
-
-CPU = torch.device("cpu")
-SHAPES = SimpleNamespace(image_size=32, num_classes=10, channels=3, fingerprint="none", facts=dict)
-SMALL = ("--arch", "resnet8_he", "--width-mult", "0.125", "--batch-size", "4", "--device", "cpu")
-
-
-def bench_of(*words: str) -> bench.Bench:
-    settings, config = bench.read_command_line([*SMALL, *words])
-    return bench.Bench(config, SHAPES, settings.scores, CPU)
 
 
 @pytest.fixture
@@ -50,7 +41,8 @@ def passes(monkeypatch) -> list[tuple[SparseNetwork, bool]]:
 @pytest.mark.parametrize("scores", ["uniform", "late"])
 def test_thin_is_the_network_that_method_thin_builds_from_the_flops_of_a_typical_draw(scores):
     trial = bench_of("--keep-ratio", "0.4", "--scores", scores, "--execution", "masked", "--constrain-by-layer")
-    run, _, costs = trial.build("thin")
+    thin = trial.build("thin")
+    run, costs = thin.run, thin.costs
     generator = torch.Generator().manual_seed(0)
     masked = trial.masked_run().network
     drawn = torch.rand(9, masked.num_units, generator=generator) < masked.scores
@@ -70,14 +62,15 @@ def test_thin_is_the_network_that_method_thin_builds_from_the_flops_of_a_typical
 )
 def test_thin_runs_as_many_forwards_as_compact_and_one_backward_a_step(words, forwards, backwards, passes):
     trial = bench_of(*words.split())
-    (compact, compact_step, costs), (thin, thin_step, _) = trial.build("compact"), trial.build("thin")
+    compact, thin_network = trial.build("compact"), trial.build("thin")
+    thin, costs = thin_network.run, compact.costs
     before = copy.deepcopy(thin.network.model.state_dict())
-    compact_step()
+    compact.step()
     if "gumbel" not in words:  # which runs the model itself
-        assert [owner for owner, _ in passes] == [compact.network] * forwards
+        assert [owner for owner, _ in passes] == [compact.run.network] * forwards
     assert len(costs) == forwards
     passes.clear()
-    thin_step()
+    thin_network.step()
     assert [owner for owner, _ in passes] == [thin.network] * forwards
     assert sum(graph for _, graph in passes) == backwards
     weights = [(name, w) for name, w in thin.network.model.named_parameters() if w.dim() > 1 and w.requires_grad]
@@ -86,13 +79,14 @@ def test_thin_runs_as_many_forwards_as_compact_and_one_backward_a_step(words, fo
 
 def test_dense_is_the_plain_network_and_runs_once_a_step(passes):
     trial = bench_of("--score-every", "2")
-    run, step, costs = trial.build("dense")
+    dense = trial.build("dense")
+    run, step, costs = dense.run, dense.step, dense.costs
     assert run.network.num_units == 0
     convs = [module for module in run.network.model.modules() if isinstance(module, nn.Conv2d)]
     assert {type(conv) for conv in convs} == {nn.Conv2d, PlainConv}
     assert costs == [(run.network.dense_macs, run.network.dense_macs)]
     before = copy.deepcopy(run.network.model.state_dict())
-    trial.build("compact")[1]()
+    trial.build("compact").step()
     passes.clear()
     step()
     assert passes == [(run.network, True)] * 2
@@ -103,7 +97,8 @@ def test_dense_is_the_plain_network_and_runs_once_a_step(passes):
 @pytest.mark.parametrize("words", [("--score-every", "2"), ("--budget", "flops", "--score-gradient", "tangent")])
 def test_compact_is_the_training_step_from_the_same_scores_every_time(words):
     trial = bench_of(*words, "--keep-ratio", "0.5", "--score-lr", "0.05")
-    run, step, _ = trial.build("compact")
+    compact = trial.build("compact")
+    run, step = compact.run, compact.step
     twin = new_run(trial.config, SHAPES, CPU).search
     start_U, masks = twin.network.scores.detach().clone(), []
     assert torch.equal(run.network.scores, start_U)
@@ -134,8 +129,9 @@ def test_the_flops_of_all_passes_are_those_that_pytorch_counts(multiple, monkeyp
 
     monkeypatch.setattr(SparseNetwork, "__call__", counting)
     for name in bench.NETWORKS:
-        run, step, costs = trial.build(name)
-        step()
+        network = trial.build(name)
+        run, costs = network.run, network.costs
+        network.step()
         executed = [padded for _, padded in costs] if multiple > 1 else [exact for exact, _ in costs]
         assert counted.pop(run.network)[: len(costs)] == executed
         assert name == "dense" or multiple == 1 or all(exact < padded for exact, padded in costs)
@@ -147,7 +143,7 @@ def test_the_flops_of_all_passes_are_those_that_pytorch_counts(multiple, monkeyp
 @pytest.mark.parametrize("keep_ratio", [0.125, 0.25, 0.5, 0.9])
 def test_late_scores(keep_ratio):
     sizes = [64, 64, 128, 128, 256, 256, 256, *[512] * 6]
-    scores_U = bench.late_scores(sizes, keep_ratio)
+    scores_U = bench_scores.late_scores(sizes, keep_ratio)
     budget = keep_ratio * sum(sizes)
     working_set = min(round(1.15 * budget), sum(sizes))
     live = scores_U[scores_U > 0]
@@ -158,11 +154,11 @@ def test_late_scores(keep_ratio):
     assert (live <= 1).all()
     for part, size in zip(scores_U.split(sizes), sizes, strict=True):
         assert int((part > 0).sum()) == pytest.approx(size * working_set / sum(sizes), abs=1)
-    assert torch.equal(scores_U, bench.late_scores(sizes, keep_ratio))
+    assert torch.equal(scores_U, bench_scores.late_scores(sizes, keep_ratio))
 
 
 def test_late_scores_reach_every_layer_of_a_tiny_network():
-    scores_U = bench.late_scores([1, 1, 2, 40, 40], 0.1)
+    scores_U = bench_scores.late_scores([1, 1, 2, 40, 40], 0.1)
     assert all((part > 0).any() for part in scores_U.split([1, 1, 2, 40, 40]))
     assert scores_U.sum().item() == pytest.approx(8.4)
 
@@ -177,7 +173,7 @@ def test_made_scores_keep_the_final_budget(scores, words):
         kept = run.budget.cost(run.network.scores.numpy()) / run.budget.cost.dense
     else:
         kept = max(float(run.network.scores[group].mean()) for group in run.budget.groups)
-    assert kept == pytest.approx(bench.spent(run.budget))
+    assert kept == pytest.approx(bench_scores.spent(run.budget))
     assert 0.3 < kept <= 0.4 + 1e-6
     assert scores == "late" or kept == pytest.approx(0.4, rel=1e-5)
 
@@ -189,9 +185,9 @@ def test_late_units_leave_the_network_before_the_first_step():
     num_weights = [sum(w.numel() for w in r.network.weight_parameters()) for r in (run, whole)]
     assert num_weights[0] < num_weights[1]
     assert (run.network.scores[torch.from_numpy(~run.network.stored_units)] == 0).all()
-    _, step, costs = trial.build("compact")
-    step()
-    assert len(costs) == 2
+    compact = trial.build("compact")
+    compact.step()
+    assert len(compact.costs) == 2
 
 
 @pytest.fixture
@@ -213,16 +209,18 @@ def test_scores_of_a_run_bring_its_configuration(stored_run):
     assert (config.model.arch, config.model.width_mult, config.sparsity.keep_ratio) == ("resnet20_he", 0.125, 0.25)
     assert (config.sparsity.residual_masks, config.train.batch_size) == ("tied", 6)
     trial = bench.Bench(config, SHAPES, settings.scores, CPU)
-    run, step, _ = trial.build("compact")
+    compact = trial.build("compact")
+    run = compact.run
     assert torch.equal(run.network.scores.detach(), scores_U)
-    step()  # the projection must not take back what the falling budget still allows
+    compact.step()  # the projection must not take back what the falling budget still allows
     assert run.network.scores.double().mean().item() == pytest.approx(scores_U.double().mean().item(), abs=0.02)
 
 
-def test_multiple_is_what_kept_channels_are_padded_to():
-    settings, config = bench.read_command_line([*SMALL, "--multiple", "3", "--keep-ratio", "0.4"])
-    network = bench.Bench(config, SHAPES, "uniform", CPU, settings.multiple).build("compact")[0].network
-    plan = network.plan(np.arange(network.num_units) % 3 == 0)
+@pytest.mark.parametrize("name", ["compact", "thin"])
+def test_multiple_is_what_kept_channels_are_padded_to(name):
+    run = bench_of("--multiple", "3", "--keep-ratio", "0.4").build(name).run
+    network = run.network
+    plan = network.plan(np.arange(network.num_units) % 3 == 0) if name == "compact" else run.plan
     maskable = [space for space in range(len(plan.widths)) if not network.graph.spaces[space].full]
     assert all(plan.widths[i] % 3 == 0 or plan.widths[i] == network.graph.spaces[i].width for i in maskable)
     assert any(plan.widths[i] > plan.counts[i] for i in maskable)
@@ -234,7 +232,7 @@ def test_multiple_is_what_kept_channels_are_padded_to():
 def test_steps_are_timed_in_turn_after_warm_up():
     ran = []
     steps = {name: (lambda name=name: ran.append(name)) for name in ("a", "b", "c")}
-    times = bench.interleaved_times(steps, 4, CPU, warm_up=2)
+    times = bench_measures.interleaved_times(steps, 4, CPU, warm_up=2)
     assert ran == ["a", "b", "c"] * (2 + 4)
     assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
 
@@ -246,7 +244,10 @@ def test_the_last_line_is_json_with_every_figure_and_the_table_shows_it(capsys, 
         assert (list(steps), repeats, warm_up) == (["dense", "compact", "thin"], 5, 3)
         for step in steps.values():
             step()
-        return {name: [bench.StepTime(total, total / 4) for total in values] for name, values in seconds.items()}
+        return {
+            name: [bench_measures.StepTime(total, total / 4, total / 2) for total in values]
+            for name, values in seconds.items()
+        }
 
     monkeypatch.setattr(bench, "interleaved_times", made_up)
     words = "--repeats 5 --warm-up 3 --multiple 4 --no-memory --score-every 2 --keep-ratio 0.3"
@@ -267,8 +268,9 @@ def test_the_last_line_is_json_with_every_figure_and_the_table_shows_it(capsys, 
     assert rows["thin"]["flops_ratio"] == pytest.approx(r, rel=0.5)
     assert (figures["config"]["keep_ratio"], figures["input_size"], figures["num_classes"]) == (0.3, 16, 3)
     assert torch.__version__ in lines[0]
+    assert rows["dense"]["device_ms"] == pytest.approx(350 / 2)
     table = {line.split("|")[1].strip(): line for line in lines if line.startswith("|")}
-    assert f"| 150.0 (150.0-150.0) | 150.0 | 37.5 |       27 | {r:.4f} |" in table["compact"]
+    assert f"| 150.0 (150.0-150.0) | 150.0 | 37.5 |   75.0 |       27 | {r:.4f} |" in table["compact, shapes drawn"]
     assert "of 5 interleaved steps after 3 that do not count" in " ".join(lines)
     assert (figures["warm_up"], figures["multiple"]) == (3, 4)
 
@@ -276,7 +278,7 @@ def test_the_last_line_is_json_with_every_figure_and_the_table_shows_it(capsys, 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is read from /proc")
 def test_peak_memory_is_that_of_a_process_of_its_own(capsys):
     held = torch.ones(300_000_000 // 4)  # what this process holds must not count
-    peak = bench.measure_peak([*SMALL, "--no-memory"], "compact")
+    peak = bench_measures.peak_of_process([*SMALL, "--no-memory"], "compact")
     assert 0 < peak["peak_mb"] - peak["baseline_mb"] < held.nbytes / 2**20
 
 

@@ -7,8 +7,10 @@ import torch
 
 import trainers.default
 from tests.tools.run_folder import write_run
-from tools import bench, step_times
-from tools.bench import NETWORKS, WARM_UP_STEPS, Bench, read_command_line
+from tools import step_times
+from tools.bench_measures import WARM_UP_STEPS
+from tools.bench_networks import NETWORKS, Bench
+from tools.bench_options import read_command_line
 from tools.run_files import read_run
 from tools.step_times import PARTS, PartClock, StepTimes, measure_bench
 from utils.channels.network import SparseNetwork
@@ -32,7 +34,7 @@ def clock(monkeypatch):
 
         monkeypatch.setattr(owner, name, slow)
 
-    monkeypatch.setattr(bench, "WARM_UP_STEPS", 1)
+    monkeypatch.setattr(step_times, "WARM_UP_STEPS", 1)
     costs(SparseNetwork, "__call__", 1)
     costs(trainers.default, "calculateGrad", 100)
     costs(trainers.default, "backward_", 1000)
