@@ -19,7 +19,8 @@ from main import main
 from tests.data.samples import in_memory, make_photos, streamed
 from tests.gpu.card import CPU, GPU, ON_GPU, shapes
 from tools import bench, gauge, step_times
-from tools.bench import NETWORKS
+from tools.bench_networks import NETWORKS, Bench
+from trainers.replay import WARM_UP
 
 pytestmark = ON_GPU
 SHORT = ("--device", "cuda", "--epochs", "2", "--finetune-epochs", "1")
@@ -113,25 +114,55 @@ def test_the_doctor_names_the_card(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words", ["--precision bf16 --scores late", "--scores uniform"])
 def test_the_bench_measures_on_the_gpu(capsys, words):
-    assert bench.main([*SMALL, "--repeats", "2", "--no-memory", *words.split()]) == 0
+    assert bench.main([*SMALL, "--repeats", "2", "--no-memory", "--beside", "none", *words.split()]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["device"] == "cuda:0"
-    assert all(figures["networks"][name]["ms"] > 0 for name in NETWORKS)
-    assert all(figures["networks"][name]["peak_mb"] is None for name in NETWORKS)
-
-
-def test_the_bench_measures_memory_on_the_gpu(capsys):
-    assert bench.main([*SMALL, "--repeats", "1"]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["networks"]
     for name in NETWORKS:
-        # The process holds the batch, of 0.1 MB, before the network, and no memory of torch itself.
-        assert 0 < rows[name]["baseline_mb"] < 5
-        assert rows[name]["peak_mb"] > rows[name]["baseline_mb"]
+        row = figures["networks"][name]
+        assert 0 < row["device_ms"] <= 1.1 * row["ms"] + 0.1
+        assert row["ms"] >= row["host_ms"] > 0
+        assert row["peak_mb"] is None
+
+
+def test_the_bench_times_the_fair_opponents_on_the_gpu_and_measures_memory_there(capsys):
+    words = "--repeats 2 --shapes fixed --cuda-graphs on --beside graphs shapes"
+    assert bench.main([*SMALL, *words.split()]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["left_out"] == {}
+    rows = figures["networks"]
+    assert rows["compact"]["execution"] == "compact, shapes fixed, CUDA graphs"
+    others = ["dense, CUDA graph", "thin, CUDA graph", "compact, shapes drawn", "compact, shapes fixed"]
+    assert list(rows) == [*NETWORKS, *others]
+    for row in rows.values():
+        assert row["ms"] > 0
+        assert row["peak_mb"] > row["baseline_mb"] > 0  # the process holds the batch before the network
+
+
+@pytest.mark.parametrize("name", ["dense", "thin"])
+def test_recorded_steps_of_the_bench_are_near_those_that_run_kernel_by_kernel(name):
+    settings, config = bench.read_command_line([*SMALL, "--weight-lr", "0.01"])
+    trial = Bench(config, shapes(), settings.scores, GPU)
+    trial.num_passes = [2]
+    recorded, plain = trial.build(f"{name}, CUDA graph"), trial.build(name)
+    recorded.step()
+    recorded.step()
+    for _ in range(WARM_UP + 2):
+        plain.step()
+    expected = plain.run.network.model.state_dict()
+    for key, value in recorded.run.network.model.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-2, atol=1e-2, msg=key)
+
+
+def test_the_bench_compiles_the_dense_network_on_the_gpu(capsys):
+    assert bench.main([*SMALL, "--repeats", "2", "--no-memory", "--beside", "compiled"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    told = {**figures["networks"], **figures["left_out"]}  # it may lack a compiler, and says so
+    assert {"dense, compiled", "dense, compiled with CUDA graphs"} <= told.keys()
 
 
 def test_the_parts_of_a_step_are_measured_on_the_gpu():
     settings, config = bench.read_command_line(SMALL)
-    times = step_times.measure_bench(bench.Bench(config, shapes(), settings.scores, GPU), repeats=2)
+    times = step_times.measure_bench(Bench(config, shapes(), settings.scores, GPU), repeats=2)
     for name in NETWORKS:
         parts = times.milliseconds[name]
         assert min(parts["first pass"] + parts["backward"] + parts["weight update"]) > 0

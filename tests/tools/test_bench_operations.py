@@ -94,7 +94,7 @@ def test_counts_of_every_network_reach_the_table_and_the_last_line(capsys, monke
 
     monkeypatch.setattr(bench, "count_networks", made_up)
     words = [word for word in SMALL if word not in ("--batch-size", "4")]
-    words += "--num-classes 7 --keep-ratio 0.3 --multiple 4 --count-ops resnet8_he vgg11".split()
+    words += ["--num-classes", "7", "--keep-ratio", "0.3", "--multiple", "4", "--count-ops", "resnet8_he", "vgg11"]
     assert bench.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
