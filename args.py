@@ -99,9 +99,9 @@ class RunConfig:
 
     DEFAULTS: ClassVar = {"resumed": "may change"}
 
-    config: str | None = option(None, "YAML file with options as lines 'key: value'", metavar="PATH", common=True)
+    config: str | None = option(None, "YAML file with options as lines 'key: value'", is_path=True, common=True)
     name: str | None = option(None, "name of the run's folder", check=_check_name, default_text="the arch", common=True)
-    log_dir: str = option("runs", "folder of all runs", metavar="PATH")
+    log_dir: str = option("runs", "folder of all runs", is_path=True)
     seed: int = option(0, "seed of every random generator", within="[0, 2147483647]", common=True, resumed="stored")
     device: str = option("auto", "auto, cpu, cuda or cuda:N", check=_check_device, metavar="DEVICE", common=True)
     multigpu: str | None = option(
@@ -115,7 +115,7 @@ class RunConfig:
         "go on with the newest run at PATH, or without PATH with the newest run of these options; --epochs and "
         "--finetune-epochs may be raised, and --finetune may be added to a run without: learning rates and budget are "
         "then those of a run that had this length from the start, and a search that has ended stays ended",
-        metavar="PATH",
+        is_path=True,
         bare="auto",
         common=True,
         resumed="this command",
@@ -154,7 +154,7 @@ class DataConfig:
 
     set: str = option("FashionMNIST-mini", "the data set", choices=SETS, common=True)
     data: str = option(
-        "dataset", "folder of the data sets", metavar="PATH", needs=NOT_BUNDLED, common=True, resumed="may change"
+        "dataset", "folder of the data sets", is_path=True, needs=NOT_BUNDLED, common=True, resumed="may change"
     )
     holdout: float | Literal["auto"] = option(
         0.1,
@@ -214,14 +214,14 @@ class ModelConfig:
         None,
         "first weights: a run folder, a checkpoint, a state dict, or a name of torchvision weights, such as "
         "ResNet50_Weights.DEFAULT",
-        metavar="PATH",
+        is_path=True,
         common=True,
     )
     widths_of: str | None = option(
         None,
         "a run folder or a best.pt: the thin network has the channels that the subnet of this run kept, and weights of "
         "its own; keep_ratio and budget must be those of that run",
-        metavar="PATH",
+        is_path=True,
         read_by=("thin",),
     )
 

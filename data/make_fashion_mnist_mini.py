@@ -13,6 +13,7 @@ import numpy as np
 
 from data.idx import idx_bytes, read_idx_file
 from data.sources import FASHION_MNIST_DEBIAN, FASHION_MNIST_MINI
+from utils.paths import at_home
 
 SEED = 20211
 TRAIN_PER_CLASS = 1000
@@ -50,11 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the bundled sample of Fashion-MNIST.")
     parser.add_argument(
         "--source",
-        type=Path,
+        type=at_home,
         default=FASHION_MNIST_DEBIAN,
         help="folder with the four .gz files of Fashion-MNIST (default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, default=FASHION_MNIST_MINI, help="file to write (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=at_home, default=FASHION_MNIST_MINI, help="file to write (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     checksum = make_sample(arguments.source, arguments.output)
     print(f"{checksum}  {arguments.output} ({arguments.output.stat().st_size} bytes)")

@@ -18,7 +18,7 @@ import pytest
 PROJECT = Path(__file__).parents[1]
 ROOMS = ("main", "args", "tools", "examples", "tests", "trainers", "data", "models", "utils")
 
-OPTIONS = {"utils.options", "utils.option_text", "utils.choices", "utils.errors"}
+OPTIONS = {"utils.options", "utils.option_text", "utils.choices", "utils.errors", "utils.paths"}
 BASE = {"utils.seeds"} | OPTIONS
 ALGORITHM = {"utils.algorithm"}
 CHANNELS = {"utils.channels", "utils.conv_type"} | ALGORITHM | BASE
@@ -40,10 +40,11 @@ ALLOWED = {
     "utils.channels": CHANNELS,
     "utils.conv_type": BASE,
     "utils.algorithm": ALGORITHM,
-    "utils.options": {"utils.errors"},
+    "utils.options": {"utils.errors", "utils.paths"},
     "utils.option_text": {"utils.options", "utils.errors"},
     "utils.choices": set(),
     "utils.errors": set(),
+    "utils.paths": set(),
     "utils.seeds": set(),
     "utils": set(),
 }

@@ -7,23 +7,36 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from trainers.devices import thread_words
 from utils.errors import UserError
+from utils.paths import expanded
 from utils.run.folder import environment_facts
 
 
 class ToolParser(argparse.ArgumentParser):
-    """Takes no abbreviations, and tells a mistake as a UserError."""
+    """Takes no abbreviations, reads `~` as the home directory, and tells a mistake as a UserError."""
 
     def __init__(self, module: str, description: str) -> None:
         super().__init__(prog=f"python -m {module}", description=description, allow_abbrev=False)
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse does it. A shell leaves the `~` of `--out=~/page` alone, so it is still there."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._expanded(word) for word in words], namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}; --help lists every option")
+
+    def _expanded(self, word: str) -> str:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        try:
+            return name + equals + expanded(value)
+        except ValueError as error:
+            self.error(str(error))
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:

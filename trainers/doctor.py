@@ -242,7 +242,7 @@ def memory_bytes() -> tuple[int, int] | None:
 
 def check_folders(found: Findings, config: Config) -> None:
     """Free space for runs and images, and whether a run folder can be made."""
-    for option, name in (("--log-dir", config.run.log_dir), ("--data", str(Path(config.data.data).expanduser()))):
+    for option, name in (("--log-dir", config.run.log_dir), ("--data", config.data.data)):
         there = nearest_folder(Path(name))
         free = shutil.disk_usage(there).free
         missing = "" if Path(name).is_dir() else ", a folder that is not there yet"
@@ -286,7 +286,7 @@ def check_data(found: Findings, config: Config) -> None:
     """Which sets are here, where they were looked for, and whether the one that the options name is among them."""
     from data.places import find_set
 
-    root, wanted = Path(config.data.data).expanduser(), config.data.set
+    root, wanted = Path(config.data.data), config.data.set
     width, label = max(map(len, SETS)), "data sets"
     for name in SETS:
         place = find_set(name, root, list_files=name == wanted)

@@ -233,7 +233,7 @@ def _metavar(entry: Option) -> str:
     choices = "|".join(entry.choices)
     if 0 < len(choices) <= SHORT_CHOICES:
         return choices
-    return entry.metavar or f"{METAVARS[entry.kind]}{f'|{AUTO}' * entry.auto}"
+    return entry.metavar or "PATH" * entry.is_path or f"{METAVARS[entry.kind]}{f'|{AUTO}' * entry.auto}"
 
 
 def _help_text(entry: Option) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from utils.errors import UserError
+from utils.paths import expanded
 
 AUTO = "auto"  # the value of an option until the program knows enough to choose it
 NONE_WORDS = ("None", "none")  # plain null, ~ and nothing at all are recognised by the YAML reader
@@ -39,7 +40,8 @@ class Option:
 
     optional: whether it may be None. auto: whether it may be `AUTO`. Its type says both. choices: the words allowed.
     within: an interval as text, such as "(0, 1]" or "[1, inf)". check: returns None for an allowed value, else what it
-    "must be". hint: added when a number lies outside `within`. aliases: other names, accepted everywhere. metavar: what
+    "must be". hint: added when a number lies outside `within`. is_path: whether `~` at its start means
+    the home directory. aliases: other names, accepted everywhere. metavar: what
     `--help` prints for the value, default_text for a default that is decided later. bare: the text meant when the flag
     is given without a value. read_by: the methods that read it; nothing for all of them. needs: values of other options
     without which nothing reads it. common: shown by a plain `--help`. resumed: whether a run that is resumed keeps its
@@ -58,6 +60,7 @@ class Option:
     within: str = ""
     check: Callable[[Any], str | None] | None = None
     hint: str = ""
+    is_path: bool = False
     aliases: tuple[str, ...] = ()
     metavar: str = ""
     default_text: str = ""
@@ -213,6 +216,11 @@ def convert(entry: Option, given: Given) -> Any:
         raise _refusal(entry, given, _allowed(entry), shown(value), nearest(value, entry.choices, ""))
     if entry.within and not _inside(entry.within, value):
         raise _refusal(entry, given, range_words(entry.within), shown(value), entry.hint)
+    if entry.is_path:
+        try:
+            value = expanded(value)
+        except ValueError as error:
+            raise UserError(f"{entry.key}: {error} ({given.where})") from None
     if entry.check and (must_be := entry.check(value)):
         raise _refusal(entry, given, must_be, shown(value))
     return value

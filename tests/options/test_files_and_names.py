@@ -327,3 +327,38 @@ def test_a_file_that_cannot_be_read(tmp_path):
     expected = f"cannot read the config file {missing}: No such file or directory; check the path"
     assert refused(f"--config {missing}") == expected
     assert "Is a directory" in refused(f"--config {tmp_path}")
+
+
+# ---- paths ----
+
+
+def test_a_tilde_is_the_home_directory_in_every_path_of_a_file_and_of_the_command_line(tmp_path, monkeypatch):
+    """A shell reads it in `--data ~/x`, but neither in `--data=~/x` nor in a file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = [key for key, entry in OPTIONS.items() if entry.is_path]
+    assert set(paths) == {"config", "log_dir", "resume", "data", "pretrained", "widths_of"}
+    (tmp_path / "own.yaml").write_text("".join(f"{key}: ~/{key}\n" for key in paths if key != "config"))
+    read = values("--config=~/own.yaml --method=thin")
+    assert [read[key] for key in paths if key != "config"] == [f"{tmp_path}/{key}" for key in paths if key != "config"]
+    assert read["config"] == f"{tmp_path}/own.yaml"
+    assert values("--data=~ --set=MNIST")["data"] == str(tmp_path)
+    assert values("--log-dir=a/~/b")["log_dir"] == "a/~/b"
+    assert values("--name=~")["name"] == "~"  # no path
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError()))
+    assert "log_dir: ~/runs means the home directory" in refused("--log-dir=~/runs")
+
+
+def test_a_tilde_is_the_home_directory_for_tools_too(tmp_path, monkeypatch):
+    from tools.command_line import ToolParser
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = ToolParser("tools.any", "")
+    parser.add_argument("run")
+    parser.add_argument("--out")
+    for words in (["~/run", "--out", "~/page"], ["~/run", "--out=~/page"]):
+        assert vars(parser.parse_args(words)) == {"run": f"{tmp_path}/run", "out": f"{tmp_path}/page"}
+    for tool in ("bench", "export", "gauge", "picture", "predict", "report", "reproduce"):  # all read by that parser
+        text = (CONFIGS.parent / f"tools/{tool}.py").read_text()
+        assert "ToolParser(" in text
+        assert "ArgumentParser(" not in text

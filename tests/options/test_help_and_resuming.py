@@ -60,7 +60,7 @@ NAMES = (
 @pytest.mark.parametrize(
     "config",
     [
-        *(Config(run=RunConfig(name=name, resume=name, multigpu="0")) for name in NAMES),
+        *(Config(run=RunConfig(name=name, resume=f"./{name}", multigpu="0")) for name in NAMES),
         *(Config(sparsity=SparsityConfig(keep_ratio=ratio, shrink=False)) for ratio in (5e-324, 0.1 + 0.2, 1 / 3, 1.0)),
         Config(model=ModelConfig(width_mult=12e-3 * 7), train=TrainConfig(weight_decay=1.7e308, epochs=10**9)),
     ],
