@@ -11,25 +11,30 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from data.files import UnreadableImage, open_rgb
+from data.folders import Walk
+from utils.errors import UserError
+from utils.paths import at_home
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data.check", description="Decode every image file in a folder and name the bad ones."
     )
-    parser.add_argument("folder", type=Path, help="such as that of --data; all folders in it are searched")
+    parser.add_argument("folder", type=at_home, help="such as that of --data; all folders in it are searched")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: %(default)s, one a core")
-    parser.add_argument("--list", type=Path, help="file for the names of bad files: xargs -d '\\n' rm < LIST")
+    parser.add_argument("--list", type=at_home, help="file for the names of bad files: xargs -d '\\n' rm < LIST")
     arguments = parser.parse_args(argv)
-    walk = os.walk(arguments.folder, followlinks=True)
-    paths = (os.path.join(where, name) for where, _, names in walk for name in names)
-    files = sorted(path for path in paths if path.lower().endswith(IMG_EXTENSIONS))
+    walk, files = Walk(), []
+    if arguments.folder.is_dir():
+        try:
+            files = sorted(walk.files(arguments.folder))
+        except (UserError, OSError) as error:
+            parser.error(str(error))
     if not files:
         parser.error(f"there is no image file in {arguments.folder} ({', '.join(IMG_EXTENSIONS)})")
     bad = []
@@ -38,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tqdm.write(f"{path} ({reason})", sys.stdout)
     if arguments.list:
         arguments.list.write_bytes(b"".join(os.fsencode(f"{path}\n") for path in bad))
+    walk.announce_left_out("check", arguments.folder)
     print(f"{len(bad)} of {len(files)} files cannot be read")
     return 1 if bad else 0
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from torchvision.transforms.functional import center_crop, resize
 
-from data.files import ClassFolder, find_image_folder, find_imagenet, open_rgb
+from data.files import open_rgb
+from data.folders import ClassFolder, find_image_folder, find_imagenet
 from data.sources import RawData
 from data.streamed import StreamedSet
 from utils.errors import UserError

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from data.files import find_image_folder, find_imagenet, image_folders, imagenet_folders
+from data.folders import find_image_folder, find_imagenet, image_folders, imagenet_folders
 from data.sources import (
     CIFAR_CLASSES,
     FASHION_MNIST_DEBIAN,

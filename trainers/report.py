@@ -265,10 +265,9 @@ def describe(config: Config, data: DataSplits, run: RunState) -> None:
     """The first lines of a run: what is trained, on what, where."""
     network = run.network
     announce(f"device: {device_name(network.device)}, {config.train.precision}")
-    classes = "1 class" if data.num_classes == 1 else f"{data.num_classes} classes"
     announce(
         f"data: {config.data.set}, {len(data.train):,} training, {len(data.holdout):,} held-out and "
-        f"{len(data.test):,} test images, {classes}, {data.image_size}x{data.image_size}"
+        f"{len(data.test):,} test images, {data.num_classes} classes, {data.image_size}x{data.image_size}"
     )
     if num_ranks() > 1:
         part, rest = divmod(config.train.batch_size, num_ranks())

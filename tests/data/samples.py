@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data import ImageSet, StreamedSet, sources
-from data.files import ClassFolder
+from data.folders import ClassFolder
 from data.idx import idx_bytes
 
 

@@ -154,10 +154,33 @@ def test_fingerprint_tells_files_apart_but_not_places(tmp_path):
     assert first != stream(tmp_path / "there").fingerprint
 
 
+def test_contents_see_a_byte_of_any_file_and_sizes_where_not_all_are_read(tmp_path, monkeypatch):
+    make_photos(tmp_path / "here", per_class=3)
+    first = stream(tmp_path / "here").contents
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert first == stream(tmp_path / "there", workers=2).contents
+    files = sorted((tmp_path / "there").rglob("*.jpg"))
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content + b"\1")
+        longer = stream(tmp_path / "there").contents
+        file.write_bytes(content + b"\2")
+        assert len({first, longer, stream(tmp_path / "there").contents}) == 3
+        file.write_bytes(content)
+    monkeypatch.setattr(data.streamed, "_BYTES_TO_COMPARE", 1)  # of each part the first file alone
+    first = stream(tmp_path / "there").contents
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content + b"\1")
+        assert first != stream(tmp_path / "there").contents
+        file.write_bytes(content)
+    assert first == stream(tmp_path / "there").contents
+
+
 @pytest.mark.parametrize("inner", ["", "ImageNet"])
 def test_imagenet_layouts_statistics_and_size(tmp_path, monkeypatch, inner):
     make_photos(tmp_path / inner, per_class=2, test="val")
-    monkeypatch.setattr(files, "IMAGENET_CLASSES", 2)
+    monkeypatch.setattr("data.folders.IMAGENET_CLASSES", 2)
     splits = build_data("ImageNet", tmp_path)
     assert (splits.image_size, len(splits.train), len(splits.test)) == (224, 4, 4)
     assert splits.train.mean == (0.485, 0.456, 0.406)
@@ -180,7 +203,7 @@ def test_imagenet_with_another_number_of_classes_is_refused(tmp_path):
 def test_a_class_that_only_one_part_has_is_refused_before_files_are_read(tmp_path, monkeypatch):
     make_photos(tmp_path, per_class=1, test="val")
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "wolf")
-    monkeypatch.setattr(files, "IMAGENET_CLASSES", 2)
+    monkeypatch.setattr("data.folders.IMAGENET_CLASSES", 2)
     for name in ("ImageNet", "ImageFolder"):
         with pytest.raises(UserError, match=r"differ \(only in \S+train: dog; only in \S+val: wolf\)"):
             build_data(name, tmp_path, image_size=128)
@@ -192,7 +215,7 @@ def test_a_class_that_only_one_part_has_is_refused_before_files_are_read(tmp_pat
 def test_files_are_not_opened_before_they_are_needed(tmp_path, monkeypatch):
     """A set of a million files must not delay every start."""
     make_photos(tmp_path, test="val")
-    monkeypatch.setattr(files, "IMAGENET_CLASSES", 2)
+    monkeypatch.setattr("data.folders.IMAGENET_CLASSES", 2)
     monkeypatch.setattr("data.image_folder.STREAMED_IMAGES_FOR_STATISTICS", 4)
     opened = []
     monkeypatch.setattr(files.Image, "open", lambda path, open=Image.open: opened.append(path) or open(path))
