@@ -1,6 +1,7 @@
 """Named image sets, in memory or streamed from files, split into training, held-out and test images."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,18 @@ class DataSplits:
     holdout_fraction: float
     """Of the training images of each class."""
     fingerprint: str
-    """Short hash of set name, class names, shape and labels of each part, and of the names of files that are streamed.
-    A run is resumed on images of the same fingerprint only."""
+    """Short hash of set name, class names, shape and labels of each part, and of the names of streamed files."""
+    contents: str
+    """Short hash of the pixels of each part; of streamed files, of their sizes and bytes (`StreamedSet.contents`)."""
+
+    def difference(self, stored: Mapping[str, Any]) -> str:
+        """What these images have not in common with those of a checkpoint, in words; "" if they are the same.
+
+        A run is resumed on the same images only. A checkpoint from before contents were compared has none.
+        """
+        if self.fingerprint != stored["fingerprint"]:
+            return "other labels, classes, names of files, size or number"
+        return "other contents" if self.contents != stored.get("contents", self.contents) else ""
 
     def facts(self) -> dict[str, Any]:
         """What somebody needs who shows an image to a network that was trained on these.
@@ -123,7 +134,9 @@ def build_data(
         )
     if train_images:
         train_indices = first_in_proportion(train.labels.numpy(), train_indices, train_images)
-    parts = tuple(part.to(device) for part in (train.subset(train_indices), train.subset(holdout_indices), test))
+    parts = (train.subset(train_indices), train.subset(holdout_indices), test)
+    contents = hashlib.sha256(b"".join(part.contents() for part in parts)).hexdigest()[:12]
+    parts = tuple(part.to(device) for part in parts)
     _, channels, size, _ = test.shape
     return DataSplits(
         *parts,
@@ -133,6 +146,7 @@ def build_data(
         class_names=class_names,
         holdout_fraction=holdout,
         fingerprint=_fingerprint(name, class_names, parts),
+        contents=contents,
     )
 
 

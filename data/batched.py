@@ -88,8 +88,12 @@ class BatchedSet(ABC):
         """
 
     def identity(self) -> bytes:
-        """What tells these images from others, beside their shape: the labels, at least."""
+        """What tells these images from others without a look at them, beside their shape: the labels, at least."""
         return self.labels.cpu().numpy().astype("<i8").tobytes()
+
+    @abstractmethod
+    def contents(self) -> bytes:
+        """A digest of the images themselves, in their order."""
 
     def num_train_batches(self, batch_size: int) -> int:
         """Number of full batches in one epoch, on all ranks together; the same on every rank."""

@@ -294,10 +294,10 @@ def run(argv: Sequence[str] | None) -> None:
             device = find_device(config)
             print(headline(device), flush=True)
             data = load_data(config, device)
-        if data.fingerprint != state["fingerprint"]:
+        if difference := data.difference(state):
             raise UserError(
-                f"the images under --data {config.data.data} are not those that {file} was trained on; point --data at "
-                "the same files"
+                f"the images under --data {config.data.data} are not those that {file} was trained on: they have "
+                f"{difference}. Point --data at the same files"
             )
         announce(f"measuring {file.name}")
         entries.append(measure_checkpoint((file, config, state), data, device, settings))

@@ -132,9 +132,10 @@ def find_images(result: Result, path: str | None) -> tuple[DataSplits | None, st
         config = replace(config, data=replace(config.data, data=path))
     try:
         data = load_data(config, CPU)
-        if data.fingerprint == result.state["fingerprint"]:
+        difference = data.difference(result.state)
+        if not difference:
             return data, ""
-        reason = f"the images under {config.data.data} are not those of the run"
+        reason = f"the images under {config.data.data} are not those of the run: they have {difference}"
     except UserError as error:
         reason = f"the images of the run cannot be read ({error})"
     if path is not None:

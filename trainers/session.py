@@ -109,11 +109,10 @@ class Session:
                 f"{stored.file} holds what evaluation needs, not a whole run; resume from last.pt beside it"
             )
         data = load_data(config, device)
-        if data.fingerprint != stored.state["fingerprint"]:
+        if difference := data.difference(stored.state):
             raise UserError(
-                f"the images under --data {config.data.data} are not those that {stored.file} was trained on "
-                f"(fingerprint {data.fingerprint} instead of {stored.state['fingerprint']}); point --data at the same "
-                "files"
+                f"the images under --data {config.data.data} are not those that {stored.file} was trained on: they "
+                f"have {difference}. Point --data at the same files, or start a new run on these"
             )
         run = new_run(config, data, device, stored.state)
         restore_run(run, stored.state, config)
@@ -231,10 +230,10 @@ def evaluate_stored(config: Config, stored: Stored, device: torch.device) -> int
     """
     state = stored.state
     has_subnet = state.get("subnet") is not None and "weight_optimizer" not in state
-    folders = [Path(folder).expanduser().resolve() for folder in (config.data.data, state["config"]["data"])]
+    folders = [Path(folder).resolve() for folder in (config.data.data, state["config"]["data"])]
     elsewhere = folders[0] != folders[1]
     data = load_data(config, device, test_only=elsewhere and has_subnet)
-    if data.fingerprint != state["fingerprint"]:
+    if data.difference(state):
         if not has_subnet:
             raise UserError(
                 f"{stored.file} is no result with a subnet of its own, so it can only be evaluated on the images of "
@@ -318,7 +317,8 @@ def load_data(config: Config, device: torch.device, test_only: bool = False) -> 
             workers=settings.workers,
             device=device,
         )
-    check_equal({f"the images of {settings.set}": torch.tensor(int(data.fingerprint, 16))}, "before the first step")
+    numbers = [int(text, 16) for text in (data.fingerprint, data.contents)]
+    check_equal({f"the images of {settings.set}": torch.tensor(numbers)}, "before the first step")
     for part in (data.train, data.holdout, data.test):
         part.channels_last = True
         part.rank, part.num_ranks = rank(), num_ranks()

@@ -245,6 +245,7 @@ class RunState:
         return {
             "config": config_to_dict(config),
             "fingerprint": data.fingerprint,
+            "contents": data.contents,
             "images": data.facts(),
             "phase": self.phase,
             "epoch": self.epoch,

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from args import SETS
 from data import HOLDOUT, HOLDOUT_FROM, build_data, sources, split_holdout
@@ -107,3 +108,21 @@ def test_fingerprint_depends_on_labels(tmp_path):
     first = build_data("ImageFolder", tmp_path).fingerprint
     (tmp_path / "test" / "cat" / "4.png").rename(tmp_path / "test" / "dog" / "5.png")
     assert first != build_data("ImageFolder", tmp_path).fingerprint
+
+
+def test_contents_depend_on_pixels_alone(tmp_path):
+    """Every part counts, its names and its place do not, and labels are left to the fingerprint."""
+    make_folders(tmp_path)
+    first = build_data("ImageFolder", tmp_path, holdout=0.4)
+    seen = {first.contents}
+    for part in ("train/cat", "test/dog"):
+        for number in range(5):  # some are held out
+            Image.new("RGB", (8, 8), (7, number, len(seen))).save(tmp_path / part / f"{number}.png")
+            changed = build_data("ImageFolder", tmp_path, holdout=0.4)
+            assert changed.fingerprint == first.fingerprint
+            assert first.difference({"fingerprint": changed.fingerprint, "contents": changed.contents})
+            seen.add(changed.contents)
+    assert len(seen) == 11
+    assert first.difference({"fingerprint": first.fingerprint, "contents": first.contents}) == ""
+    assert first.difference({"fingerprint": first.fingerprint}) == ""  # an older checkpoint
+    assert "labels" in first.difference({"fingerprint": "other", "contents": first.contents})

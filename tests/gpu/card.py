@@ -27,7 +27,9 @@ NOW = StepSettings(weight_lr=0.01, score_lr=0.01, keep_ratio=0.5, progress=0.5)
 
 def shapes(image_size: int = 32) -> SimpleNamespace:
     """What a network takes from a `DataSplits`."""
-    return SimpleNamespace(image_size=image_size, num_classes=10, channels=3, fingerprint="none", facts=dict)
+    return SimpleNamespace(
+        image_size=image_size, num_classes=10, channels=3, fingerprint="none", contents="none", facts=dict
+    )
 
 
 def run_on(device: torch.device, image_size: int = 32, **options: object) -> tuple[RunState, Config]:

@@ -8,7 +8,7 @@ from tools.bench_networks import Bench
 from tools.bench_options import read_command_line
 
 CPU = torch.device("cpu")
-SHAPES = SimpleNamespace(image_size=32, num_classes=10, channels=3, fingerprint="none", facts=dict)
+SHAPES = SimpleNamespace(image_size=32, num_classes=10, channels=3, fingerprint="none", contents="none", facts=dict)
 SMALL = ("--arch", "resnet8_he", "--width-mult", "0.125", "--batch-size", "4", "--device", "cpu")
 
 

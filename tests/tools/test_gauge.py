@@ -177,7 +177,7 @@ def check_error(capsys, part: str) -> None:
         ({"method": "dense"}, "is of method dense, which has no scores"),
         ({"method": "l1"}, "is of method l1, which has no scores"),
         ({"phase": "done"}, "last.pt is from after the search (phase done)"),
-        ({"fingerprint": "other"}, "point --data at the same files"),
+        ({"fingerprint": "other"}, "Point --data at the same files"),
     ],
 )
 def test_runs_that_cannot_be_measured_are_refused(changes, part, tmp_path, capsys):

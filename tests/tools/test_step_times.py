@@ -98,7 +98,7 @@ def test_a_run_is_measured_with_its_own_options_images_and_scores(tmp_path, monk
     shapes = SimpleNamespace(image_size=16, num_classes=4, channels=1)
     run = Bench(config, shapes, "late", CPU).masked_run()
     data = SimpleNamespace(
-        fingerprint="abc", facts=lambda: {"image_size": 16, "class_names": list("abcd"), "channels": 1}
+        fingerprint="abc", contents="abc", facts=lambda: {"image_size": 16, "class_names": list("abcd"), "channels": 1}
     )
     state = run.model_state(config, data) | {
         "images": data.facts(),

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import trainers.recipe
 from args import Config, parse_args
@@ -180,15 +182,18 @@ def test_resuming_with_another_option_is_refused(program, capsys):
 
 
 def test_resuming_on_other_images_is_refused(program, capsys, tmp_path, tiny_images):
+    """Fewer images, and as many with the same names, labels and sizes of which one has other pixels."""
     assert program("--epochs", "1", "--no-finetune") == 0
-    other = tmp_path / "other"
-    for part in ("train", "test"):
-        for folder in (tiny_images / part).iterdir():
-            (other / part / folder.name).mkdir(parents=True)
-            for image in sorted(folder.iterdir())[:18]:
-                (other / part / folder.name / image.name).write_bytes(image.read_bytes())
-    assert main(["--resume", str(folder_of()), "--data", str(other)]) == 2
-    assert "fingerprint" in capsys.readouterr().err
+    for number, (other, difference) in enumerate((("fewer", "other labels"), ("changed", "other contents"))):
+        shutil.copytree(tiny_images, tmp_path / other)
+        for folder in (tmp_path / other / "train").iterdir() if number == 0 else ():
+            (folder / "19.png").unlink()
+        if number == 1:
+            Image.new("RGB", (8, 8)).save(tmp_path / other / "train/class1/03.png")
+        assert main(["--resume", str(folder_of()), "--data", str(tmp_path / other)]) == 2
+        error = capsys.readouterr().err
+        assert f"are not those that {folder_of()}/checkpoints/last.pt was trained on: they have {difference}" in error
+        assert len(error.splitlines()) == 1
 
 
 def test_dense_training_runs_through_the_same_harness(program):
