@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from data.folders import kind_of
 from utils.errors import UserError
+from utils.paths import kind_of
 
 # The shorter side is resized to the wanted size, so an image of 1 x 1,000,000 pixels would take all memory.
 MOST_STRETCHED = 500

@@ -1,7 +1,6 @@
 """Folders of images, one folder per class: which files belong to a set, and which do not."""
 
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError
+from utils.paths import kind_of
 from utils.run.progress import announce
 
 IMAGENET_CLASSES = 1000
@@ -122,20 +122,6 @@ class Walk:
             parts.append(f"{_counted(self.hidden, 'hidden file or folder', 'hidden files or folders')}")
         if parts:
             announce(f"{name}: left out under {root}: {'; '.join(parts)}")
-
-
-def kind_of(path: str | os.PathLike) -> str:
-    """What a path is that is neither a file nor a folder; "" for those two, and if there is nothing."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return ""
-    kinds = {
-        "a named pipe": stat.S_ISFIFO,
-        "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
-        "a socket": stat.S_ISSOCK,
-    }
-    return next((kind for kind, is_it in kinds.items() if is_it(mode)), "")
 
 
 def find_image_folder(root: Path, test_only: bool = False) -> tuple[ClassFolder, ClassFolder]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
+from models.weight_files import check_finite, read_file, weights_in
 from utils.errors import UserError
 from utils.run.folder import BEST, LAST, no_result_yet, resolve_run
 from utils.run.progress import announce
@@ -52,7 +53,7 @@ def find_subnet(source: str) -> SubnetOfRun | None:
     if not os.path.exists(source):
         return None
     path = _file_of(source)
-    state = _read(path)
+    state = read_file(path, PRETRAINED)
     units = state.get("stored_units") if isinstance(state, dict) else None
     if not isinstance(units, Tensor) or not len(units):
         return None
@@ -79,7 +80,7 @@ def find_choice(source: str) -> SubnetOfRun:
     if not os.path.exists(source):
         _refuse(source, "does not exist; pass a run folder or its checkpoints/best.pt", WIDTHS_OF)
     path = _file_of(source, WIDTHS_OF)
-    state = _read(path, WIDTHS_OF)
+    state = read_file(path, WIDTHS_OF)
     if not isinstance(state, dict) or not {"config", "stored_units"} <= state.keys():
         _refuse(path, "it is no checkpoint of a run; pass a run folder or its checkpoints/best.pt", WIDTHS_OF)
     method = state["config"].get("method")
@@ -102,13 +103,15 @@ def load_pretrained(model: nn.Module, source: str) -> None:
 
     Args:
         model: from `models.build_model`.
-        source: path of a run, of a checkpoint of this project or of a plain state dict, or a name of torchvision's
-            classification weights, such as `ResNet50_Weights.IMAGENET1K_V2`; a file goes before a name.
+        source: path of a run, of a checkpoint of this project or of a file that holds a state dict
+            (`models.weight_files` says which are read), or a name of torchvision's classification weights, such as
+            `ResNet50_Weights.IMAGENET1K_V2`; a file goes before a name.
     Raises: UserError if there are no such weights, they cannot be read or downloaded, or do not fit.
     """
     if os.path.exists(source):
         path = _file_of(source)
-        take_over(model, _weights_in(path), path)
+        state = weights_in(read_file(path, PRETRAINED), model.state_dict(), path, PRETRAINED)
+        take_over(model, _with_head_of(model, state), path)
     else:
         _load_from_torchvision(model, source)
 
@@ -118,9 +121,10 @@ def take_over(model: nn.Module, state: Mapping[str, Tensor], source: str, hint: 
 
     If the head tells another number of classes apart, it keeps the weights it has, and that is announced.
 
-    Raises: UserError for any other misfit.
+    Raises: UserError for any other misfit, and for values that are not finite.
     """
     _check_fit(model, state, source, hint)
+    check_finite(_comparable(state), source, PRETRAINED)
     if left_out := _other_classes(model, state):
         given, wanted = (len(weights[left_out[0]]) for weights in (state, model.state_dict()))
         announce(f"{source} tells {given} classes apart and the data have {wanted}, so layer {model.head} starts anew")
@@ -139,24 +143,6 @@ def _file_of(source: str, option: str = PRETRAINED) -> str:
     if file.name == LAST:
         _refuse(source, no_result_yet(folder), option)
     return str(file)
-
-
-def _read(path: str, option: str = PRETRAINED) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has a different exception for each kind of damage
-        raise UserError(
-            f"{option} {path}: not a readable checkpoint or state dict ({type(error).__name__}); "
-            "pass a file written by this project or by torch.save(model.state_dict(), path)"
-        ) from error
-
-
-def _weights_in(path: str) -> dict[str, Tensor]:
-    state = _read(path)
-    state = state.get("model", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        _refuse(path, "holds no state dict; pass torch.save(model.state_dict(), path)")
-    return state
 
 
 def torchvision_weights() -> dict[str, str]:
@@ -192,8 +178,23 @@ def _load_from_torchvision(model: nn.Module, name: str) -> None:
 
 
 def _comparable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights and statistics. The counters of batch-norms play no part, and older files lack them."""
-    return {name: value for name, value in state.items() if not name.endswith((".scores", ".num_batches_tracked"))}
+    """Weights and statistics. Older files lack the counters of batch-norms, and scores start anew.
+
+    The released code keeps its masks beside its scores.
+    """
+    left_out = (".scores", ".num_batches_tracked", ".subnet", ".stored_mask_0", ".stored_mask_1")
+    return {name: value for name, value in state.items() if not name.endswith(left_out)}
+
+
+def _with_head_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights; a 1x1 convolution and a linear layer are two forms of one classifier."""
+    name = f"{model.head}.weight"
+    mine, given = model.state_dict().get(name), state.get(name)
+    if mine is None or given is None or {mine.dim(), given.dim()} != {2, 4}:
+        return state
+    if given.shape[1] != mine.shape[1] or given[0].numel() != mine[0].numel():
+        return state
+    return {**state, name: given.reshape(-1, *mine.shape[1:])}
 
 
 def _check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, hint: str) -> None:

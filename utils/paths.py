@@ -1,6 +1,7 @@
-"""Paths as users write them."""
+"""Paths as users write them, and what lies there."""
 
 import os
+import stat
 from pathlib import Path
 
 
@@ -20,3 +21,17 @@ def expanded(text: str) -> str:
 def at_home(text: str) -> Path:
     """The `type` of an argument that is a path; see `expanded`."""
     return Path(expanded(text))
+
+
+def kind_of(path: str | os.PathLike) -> str:
+    """What a path is that is neither a file nor a folder; "" for those two, and if there is nothing."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return ""
+    kinds = {
+        "a named pipe": stat.S_ISFIFO,
+        "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+        "a socket": stat.S_ISSOCK,
+    }
+    return next((kind for kind, is_it in kinds.items() if is_it(mode)), "")
