@@ -21,10 +21,13 @@ from utils.choices import (
     GRADUAL,
     MASKED,
     METHODS,
+    OWN_ARCH,
+    OWN_ARCH_WORDS,
     SCORED,
     SETS,
     TWO_PHASE,
     catalogue,
+    is_own,
 )
 from utils.errors import UserError
 from utils.option_text import CommandLine, read_dict, read_yaml, to_yaml
@@ -199,9 +202,16 @@ class DataConfig:
 class ModelConfig:
     """the network and its first weights."""
 
-    arch: str = option("resnet32", "the network", choices=ARCHS, common=True)
+    arch: str = option(
+        "resnet32", "the network", choices=ARCHS, besides=(OWN_ARCH, OWN_ARCH_WORDS), metavar="NAME", common=True
+    )
     width_mult: float = option(1.0, "factor on all channel counts", within="[0.01, 16]")
-    init: str = option("kaiming_normal", "how the weights of convolutions start", choices=INITS)
+    init: str = option(
+        "kaiming_normal",
+        "how the weights of convolutions start; a network of your own starts as your code makes it",
+        choices=INITS,
+        needs={"arch": tuple(ARCHS)},
+    )
     mode: str = option("fan_in", "kaiming inits: the fan used", choices=("fan_in", "fan_out"), needs={"init": KAIMING})
     nonlinearity: str = option(
         "relu", "kaiming inits: the gain used", choices=("relu", "leaky_relu", "linear"), needs={"init": KAIMING}
@@ -759,6 +769,8 @@ def check_resume(stored: Config, arguments: Arguments) -> Config:
     flags = {key for key in OPTIONS if origin[key] == "command line"}
     longer = [key for key in flags if OPTIONS[key].resumed == "may grow" and now[key] != AUTO]
     grown = {key for key in longer if now[key] > before[key]}
+    if "arch" in explicit and is_own(before["arch"]) and is_own(now["arch"]):
+        grown.add("arch")  # code may have moved; weights that do not fit are noticed
     new = {key for key in flags if OPTIONS[key].resumed != "this command" and why_unread(OPTIONS, before, key)}
     kept = [key for key in OPTIONS if OPTIONS[key].resumed in ("stored", "may grow") and key not in grown | new]
     conflicts = [key for key in kept if key in explicit and now[key] not in (before[key], AUTO)]

@@ -1,7 +1,7 @@
 """Networks by name, in plain PyTorch, and which of their layers become maskable.
 
-Every network names the layer that makes its logits in an attribute `head`. The others are registered in the order of
-the forward pass.
+Every network names the layer that makes its logits in an attribute `head_name`. The others are registered in the order
+of the forward pass.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from functools import partial
 from torch import nn
 
 from models.mobilenet import BLOCKS, STEM_WIDTH, MobileNetV1
+from models.own import allow, build_own, check_found
 from models.pretrained import SubnetOfRun, find_choice, find_subnet, load_pretrained, take_over
 from models.resnet_cifar import ResNetCifar
 from models.resnet_imagenet import BasicBlock, Bottleneck, ResNet
 from models.vgg import HIDDEN_WIDTH, POOL, VGG, VGGImageNet, vgg_plan
 from models.wrn import WideResNet
+from utils.choices import is_own
 from utils.errors import UserError
 
 __all__ = [
     "MODELS",
     "SubnetOfRun",
+    "allow",
     "build_model",
+    "check_found",
     "find_choice",
     "find_subnet",
     "initialise",
@@ -121,8 +125,10 @@ def maskable_convs(model: nn.Module, *, first_layer_dense: bool, last_layer_dens
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module.groups == 1 and name != model.head
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and name != model.head_name
     ]
+    order = getattr(model, "conv_order", names)  # layers of others may be registered in any order
+    names = sorted(names, key=lambda name: order.index(name) if name in order else len(order))
     return names[1 if first_layer_dense else 0 : len(names) - (1 if last_layer_dense else 0)]
 
 
@@ -141,13 +147,16 @@ def initialise(model: nn.Module, init: str, mode: str, nonlinearity: str) -> Non
 
 
 def build_model(arch: str, num_classes: int, in_channels: int, image_size: int, width_mult: float = 1.0) -> nn.Module:
-    """A plain network by name, with torch's own first weights.
+    """A plain network by name, with torch's own first weights; or the one that a user's function makes.
 
     Args:
+        arch: a name of `MODELS`, or package.module:function, see `models.own.build_own`.
         image_size: pixels a side, see `LARGE_IMAGE`.
         width_mult: factor on all channel counts.
-    Raises: UserError for a name that is not in `MODELS`.
+    Raises: UserError for a name that is not in `MODELS`, or as `build_own` does.
     """
+    if is_own(arch):
+        return build_own(arch, num_classes, in_channels, image_size, width_mult)
     if arch not in MODELS:
         close = get_close_matches(arch, MODELS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""

@@ -51,7 +51,7 @@ class MobileNetV1(nn.Module):
             *(SeparableBlock(*shape) for shape in zip(channels, widths, strides, strict=False))  # one input too many
         )
         self.linear = nn.Linear(widths[-1], num_classes)
-        self.head = "linear"
+        self.head_name = "linear"
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn(self.conv1(x)), inplace=True)

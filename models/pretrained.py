@@ -127,7 +127,9 @@ def take_over(model: nn.Module, state: Mapping[str, Tensor], source: str, hint: 
     check_finite(_comparable(state), source, PRETRAINED)
     if left_out := _other_classes(model, state):
         given, wanted = (len(weights[left_out[0]]) for weights in (state, model.state_dict()))
-        announce(f"{source} tells {given} classes apart and the data have {wanted}, so layer {model.head} starts anew")
+        announce(
+            f"{source} tells {given} classes apart and the data have {wanted}, so layer {model.head_name} starts anew"
+        )
     model.load_state_dict({k: v for k, v in _comparable(state).items() if k not in left_out}, strict=False)
 
 
@@ -188,7 +190,7 @@ def _comparable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _with_head_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same weights; a 1x1 convolution and a linear layer are two forms of one classifier."""
-    name = f"{model.head}.weight"
+    name = f"{model.head_name}.weight"
     mine, given = model.state_dict().get(name), state.get(name)
     if mine is None or given is None or {mine.dim(), given.dim()} != {2, 4}:
         return state
@@ -213,7 +215,7 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, hint:
 
 def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """The parameters of the head, if it fits but for the number of classes."""
-    wanted = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] == model.head}
+    wanted = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] == model.head_name}
     if any(name not in state or state[name].shape[1:] != value.shape[1:] for name, value in wanted.items()):
         return []
     return [name for name, value in wanted.items() if len(state[name]) != len(value)]

@@ -53,7 +53,7 @@ class ResNetCifar(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3 = stages
         self.linear = nn.Conv2d(channels, num_classes, 1, bias=False)
-        self.head = "linear"
+        self.head_name = "linear"
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn(self.conv1(x)), inplace=True)

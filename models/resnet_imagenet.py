@@ -93,7 +93,7 @@ class ResNet(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.fc = nn.Linear(channels, num_classes)
-        self.head = "fc"
+        self.head_name = "fc"
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))

@@ -42,7 +42,7 @@ class VGG(nn.Module):
         super().__init__()
         self.features, channels = feature_layers(plan, in_channels, bias=False)
         self.linear = nn.Linear(channels, num_classes)
-        self.head = "linear"
+        self.head_name = "linear"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.features(x).mean((2, 3)))
@@ -68,7 +68,7 @@ class VGGImageNet(nn.Module):
             nn.Identity(),
             nn.Linear(hidden, num_classes),
         )
-        self.head = "classifier.6"
+        self.head_name = "classifier.6"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.avgpool(self.features(x)).flatten(1))

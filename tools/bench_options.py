@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from args import ESTIMATED, Arguments, Config, config_from_dict, config_to_dict, parse_args
+from models import allow
 from tools.bench_measures import WARM_UP_STEPS
 from tools.bench_networks import EVERY_NETWORK, FURTHER
 from tools.bench_scores import MADE_SCORES
@@ -65,6 +66,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     if settings.count_ops is not None:
         check_counting(argv, arguments)
     config = arguments.config
+    allow(config.model.arch, arguments.origin["arch"])
     if config.run.resume is not None:
         raise UserError("--resume (command line) goes on with a run, which the bench never does; pass --scores RUN")
     if settings.scores not in MADE_SCORES:

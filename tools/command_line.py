@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from models import allow
 from trainers.devices import thread_words
 from utils.errors import UserError
 from utils.paths import expanded
@@ -22,6 +23,15 @@ class ToolParser(argparse.ArgumentParser):
 
     def __init__(self, module: str, description: str) -> None:
         super().__init__(prog=f"python -m {module}", description=description, allow_abbrev=False)
+
+    def add_arch(self) -> None:
+        """Adds the option by which a user lets the code of a run's own network run; see `models.own.allow`."""
+        self.add_argument(
+            "--arch",
+            metavar="PACKAGE.MODULE:FUNCTION",
+            type=lambda text: allow(text) or text,
+            help="the network of the run if it is one of your own; this runs that code",
+        )
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse does it. A shell leaves the `~` of `--out=~/page` alone, so it is still there."""

@@ -79,6 +79,7 @@ def read_command_line(argv: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--data", metavar="PATH", help="folder of the data sets, where it is no longer the one that the run read"
     )
+    parser.add_arch()
     return parser.parse_args(argv)
 
 

@@ -268,6 +268,7 @@ def read_command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--data", metavar="PATH", help="root folder of the data sets (default: that of the run)")
     parser.add_argument("--out", type=Path, metavar="PATH", help="folder of the report (default: RUN/gauge)")
+    parser.add_arch()
     settings = parser.parse_args(argv)
     if settings.masks % MASKS_OF_AN_ESTIMATE:
         raise UserError(f"--masks must be even, because an estimate takes two of them, got {settings.masks}")

@@ -34,6 +34,7 @@ def read_command_line(argv: Sequence[str]) -> argparse.Namespace:
     form.add_argument("--table", action="store_true", help="print a table as plain text and write nothing")
     about = "time the parts of a training step of each run on this machine, beside a dense and a thin step"
     parser.add_argument("--measure", action="store_true", help=about)
+    parser.add_arch()
     settings = parser.parse_args(argv)
     if settings.table and settings.out:
         raise UserError("--table prints a table and writes no file; leave out --out or --table")

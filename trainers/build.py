@@ -33,6 +33,7 @@ from utils.channels.network import SparseNetwork
 from utils.channels.norms import GateReader
 from utils.channels.shrink import shrink_to
 from utils.channels.subnet import Subnet, use_statistics
+from utils.choices import is_own
 from utils.conv_type import sparsify
 from utils.errors import UserError
 from utils.options import flag_of, worded
@@ -59,7 +60,8 @@ def make_network(
     torch.manual_seed(config.run.seed)
     options = config.model
     model = build_model(options.arch, data.num_classes, data.channels, data.image_size, options.width_mult)
-    initialise(model, options.init, options.mode, options.nonlinearity)
+    if not is_own(options.arch):
+        initialise(model, options.init, options.mode, options.nonlinearity)
     source = options.pretrained if stored is None else None
     start = None if source is None else find_subnet(source)
     # a dense run has units only if it trains the channels of a subnet
@@ -68,7 +70,10 @@ def make_network(
         names = maskable_convs(
             model, first_layer_dense=options.first_layer_dense, last_layer_dense=options.last_layer_dense
         )
-        sparsify(model, names, config.sparsity.score_init)
+        try:
+            sparsify(model, names, config.sparsity.score_init)
+        except ValueError as error:
+            raise UserError(f"arch {options.arch}: {error}") from error
     if source is not None and start is None:
         load_pretrained(model, source)
     model = model.to(device, memory_format=torch.channels_last)
@@ -83,6 +88,8 @@ def make_network(
             precision=config.train.precision,
         )
     except ValueError as error:  # such as a pooling that has nothing left to read
+        if is_own(options.arch):  # it has read such images before
+            raise UserError(f"arch {options.arch}: {error}") from error
         raise UserError(
             f"{options.arch} does not fit images of {data.image_size}x{data.image_size} pixels ({error}); "
             "use larger images (--image-size) or another arch"

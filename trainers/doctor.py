@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from args import SETS, Config
+from utils.choices import is_own
 from utils.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -68,6 +69,7 @@ def examine(config: Config) -> int:
     check_folders(found, config)
     if usable:
         check_data(found, config)
+        check_arch(found, config)
     print()
     for kind, texts in (("problem", found.problems), ("hint", found.hints)):
         for text in texts:
@@ -277,6 +279,22 @@ def why_not_writable(folder: Path) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+# ---- network ----
+
+
+def check_arch(found: Findings, config: Config) -> None:
+    """Whether the function is there that makes a network of the user's."""
+    if not is_own(config.model.arch):
+        return
+    from models import check_found
+
+    try:
+        check_found(config.model.arch)
+        tell("network", f"found: {config.model.arch}")
+    except UserError as error:
+        found.problems.append(str(error))
 
 
 # ---- images ----

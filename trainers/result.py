@@ -11,6 +11,7 @@ from args import Config
 from data import DataSplits
 from trainers.devices import device_name
 from trainers.state import RunState
+from utils.choices import named_again
 from utils.ranks.exchange import num_ranks
 from utils.run.folder import BEST, checkpoint_of
 
@@ -142,9 +143,9 @@ def result_lines(summary: dict[str, Any], config: Config) -> list[str]:
     below = Path(config.run.log_dir).resolve() in Path(s["run"]).resolve().parents  # not if somebody has moved it
     curves = config.run.log_dir if below else s["run"]
     lines["curves"] = f"tensorboard --logdir {shlex.quote(curves)} --host 127.0.0.1"
-    lines["same number again"] = f"python main.py --evaluate --resume {best}"
+    lines["same number again"] = f"python main.py --evaluate --resume {best}{named_again(config.model.arch)}"
     if s["method"] != "released":  # its dropped channels take part in the result
-        lines["take it home"] = f"python -m tools.export {best}"
+        lines["take it home"] = f"python -m tools.export {best}{named_again(config.model.arch)}"
     epochs = "1 epoch" if s["epochs"] == 1 else f"{s['epochs']} epochs"
     return [f"trained {s['arch']} on {s['set']}: {epochs}", *(f"{name:17}  {text}" for name, text in lines.items())]
 

@@ -14,6 +14,7 @@ import torch
 
 from args import OPTIONS, TWO_PHASE, Arguments, Config, check_resume, config_from_dict, config_to_dict, config_to_yaml
 from data import Augmentation, DataSplits, build_data
+from models import allow
 from trainers.automatic import settled, undecided
 from trainers.build import lengthen, new_run, restore_model, restore_run, with_layout_of_start
 from trainers.devices import check_ranks, find_device, gpus_to_start, starter
@@ -22,6 +23,7 @@ from trainers.report import Reporter, SilentReporter, describe
 from trainers.result import accuracies, print_result
 from trainers.state import RunState
 from utils.channels.subnet import Subnet
+from utils.choices import named_again
 from utils.errors import UserError
 from utils.options import AUTO, worded
 from utils.ranks.exchange import check_equal, first_on_each_machine, joined, num_ranks, rank, wait_for_all
@@ -67,6 +69,7 @@ class Session:
     def start(self) -> int:
         """Does what the arguments ask for; see `main.main` for the exit codes."""
         config = self.arguments.config
+        allow(config.model.arch, self.arguments.origin["arch"])
         if config.run.resume is None:
             return self._on_devices(config, self._begin)
         stored = find_run(config)
@@ -140,6 +143,7 @@ class Session:
                 reporter.save(run)
                 if writes:
                     how = shlex.join([*starter(config), "main.py", "--resume", checkpoint_of(folder, LAST)])
+                    how += named_again(config.model.arch)
                     announce(f"stopped after step {run.step} of epoch {run.epoch + 1}, saved; go on with: {how}")
                 code = stop.exit_code
             except Diverged as error:
@@ -172,7 +176,7 @@ def folder_names(config: Config) -> tuple[str, str, float]:
     """What the folder of a run is named after: config file, name and kept fraction."""
     stem = Path(config.run.config).stem if config.run.config else "no_config"
     kept = 1.0 if config.method == "dense" else config.sparsity.keep_ratio
-    return stem, config.run.name or config.model.arch, kept
+    return stem, config.run.name or config.model.arch.replace(":", "."), kept
 
 
 def find_run(given: Config) -> Stored:
@@ -196,7 +200,8 @@ def find_run(given: Config) -> Stored:
 
 def finished(folder: Path, config: Config) -> str:
     """What may be done with a finished run, for one that was to be resumed."""
-    best, last = (shlex.quote(checkpoint_of(folder, name)) for name in (BEST, LAST))
+    again = named_again(config.model.arch)
+    best, last = (f"{shlex.quote(checkpoint_of(folder, name))}{again}" for name in (BEST, LAST))
     if config.ends_when_decided or config.method not in TWO_PHASE:
         longer = f"--epochs N with N above {config.train.epochs}"
     elif config.finetunes:

@@ -39,6 +39,10 @@ ARCHS = {
     "mobilenet_v1": "MobileNet, whose depthwise layers follow the channels that they filter",
     **{f"resnet{depth}": f"ResNet with {depth} layers for ImageNet, as in torchvision" for depth in (18, 34, 50, 101)},
 }
+OWN_ARCH = (
+    r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"  # of a user's network, as pkgutil.resolve_name
+)
+OWN_ARCH_WORDS = "PACKAGE.MODULE:FUNCTION for a network of your own"
 METHODS = {
     "vrpge": Choice("VR-PGE, computing only the kept channels", "trainers.methods.vrpge:PolicyGradient"),
     "released": Choice("VR-PGE step by step as the released code computes it", "trainers.methods.released:Released"),
@@ -73,6 +77,16 @@ DRAWN = ("vrpge", "released", "coin")  # train them by masks that are drawn from
 ESTIMATED = ("vrpge", "coin")  # and by an estimator that may be exchanged
 GRADUAL = ("l1", "slimming", "taylor_cut")  # prune once, or after every epoch while the budget falls
 FALLING = (*SCORED, *GRADUAL)  # have a budget that may fall
+
+
+def is_own(arch: str) -> bool:
+    """Whether a network is made by a user's code, and not by a name of `ARCHS`."""
+    return ":" in arch
+
+
+def named_again(arch: str) -> str:
+    """What a command has to say again beside a checkpoint: code runs only where it is named."""
+    return f" --arch {arch}" if is_own(arch) else ""
 
 
 def catalogue() -> str:

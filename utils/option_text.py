@@ -239,7 +239,8 @@ def _metavar(entry: Option) -> str:
 def _help_text(entry: Option) -> str:
     parts = [entry.help]
     if len("|".join(entry.choices)) > SHORT_CHOICES:
-        parts.append(f"one of {', '.join(entry.choices)}")
+        besides = f", or {entry.besides[1]}" if entry.besides else ""
+        parts.append(f"one of {', '.join(entry.choices)}{besides}")
     if entry.within:
         parts.append(range_words(entry.within))
     parts += [f"also {flag_of(alias)}" for alias in entry.aliases]

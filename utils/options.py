@@ -12,6 +12,7 @@ or a word.
 import dataclasses
 import difflib
 import math
+import re
 import string
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +32,7 @@ KIND_WORDS = {
     float: "a finite number",
     str: "a text of one line",
 }
+MANY = 8  # choices, of which a message names none
 METAVARS = {bool: "on|off", int: "N", float: "X", str: "NAME"}
 
 
@@ -39,6 +41,7 @@ class Option:
     """One key of the flat namespace: its type (bool, int, float or str), what it accepts and who reads it.
 
     optional: whether it may be None. auto: whether it may be `AUTO`. Its type says both. choices: the words allowed.
+    besides: a regular expression of texts that are allowed beside them, and its words.
     within: an interval as text, such as "(0, 1]" or "[1, inf)". check: returns None for an allowed value, else what it
     "must be". hint: added when a number lies outside `within`. is_path: whether `~` at its start means
     the home directory. aliases: other names, accepted everywhere. metavar: what
@@ -57,6 +60,7 @@ class Option:
     default: Any
     help: str
     choices: tuple[str, ...] = ()
+    besides: tuple[str, ...] = ()
     within: str = ""
     check: Callable[[Any], str | None] | None = None
     hint: str = ""
@@ -212,7 +216,7 @@ def convert(entry: Option, given: Given) -> Any:
         value = _read_as(entry.kind, given.text)
     except (ValueError, OverflowError):
         raise _refusal(entry, given, _allowed(entry), shown(given.text)) from None
-    if entry.choices and value not in entry.choices:
+    if entry.choices and value not in entry.choices and not (entry.besides and re.fullmatch(entry.besides[0], value)):
         raise _refusal(entry, given, _allowed(entry), shown(value), nearest(value, entry.choices, ""))
     if entry.within and not _inside(entry.within, value):
         raise _refusal(entry, given, range_words(entry.within), shown(value), entry.hint)
@@ -261,7 +265,7 @@ def range_words(interval: str) -> str:
 
 def _allowed(entry: Option) -> str:
     if entry.choices:
-        return f"one of {', '.join(entry.choices)}"
+        return f"one of {', '.join(entry.choices)}" + (f", or {entry.besides[1]}" if entry.besides else "")
     limits = f", {range_words(entry.within)}" if entry.within else ""
     return KIND_WORDS[entry.kind] + limits + f", or {AUTO}" * entry.auto
 
@@ -314,7 +318,7 @@ def why_unread(options: Options, values: Mapping[str, Any], key: str) -> str:
         return f"method {method} does not read {{it}}; leave {{it}} out, or pass another --method ({others})"
     for other, allowed in entry.needs.items():
         if values[other] not in allowed:
-            wanted = " or ".join(map(worded, allowed))
+            wanted = " or ".join(map(worded, allowed)) if len(allowed) <= MANY else "with one of the names of --list"
             return f"{other} is {worded(values[other])}; leave {{it}} out, or pass {flag_of(other)} {wanted}"
         if reason := why_unread(options, values, other):
             return reason

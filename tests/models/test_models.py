@@ -67,7 +67,9 @@ def test_the_options_name_exactly_what_the_registry_has():
 def test_every_name_builds_and_runs_for_any_classes_and_channels(arch, image_size):
     model = build_model(arch, 17, 1, image_size, 0.0625)
     assert model(torch.randn(2, 1, 64, 64)).shape == (2, 17)
-    assert model.get_submodule(model.head) is [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1]
+    assert (
+        model.get_submodule(model.head_name) is [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)][-1]
+    )
 
 
 @pytest.mark.parametrize("arch", MODELS)
@@ -93,7 +95,7 @@ def test_how_many_times_smaller_than_the_image_the_last_map_is(arch, small, larg
     for image_size, factor in ((32, small), (LARGE_IMAGE, large)):
         model = shapes_only(arch, 10, image_size)
         convs = [
-            op for op in ChannelGraph(model, (3, 64, 64)).ops if op.kind == "conv" and op.node.target != model.head
+            op for op in ChannelGraph(model, (3, 64, 64)).ops if op.kind == "conv" and op.node.target != model.head_name
         ]
         assert convs[-1].shape[1:] == (64 // factor, 64 // factor)
 

@@ -159,10 +159,13 @@ def test_for_other_classes_all_but_the_head_is_taken_over(arch, image_size, tmp_
     before = {name: value.clone() for name, value in model.state_dict().items()}
     path = saved({"model": theirs.state_dict()}, tmp_path / "ten.pt")
     load_pretrained(model, path)
-    assert f"{path} tells 10 classes apart and the data have 7, so layer {model.head} starts" in capsys.readouterr().out
+    assert (
+        f"{path} tells 10 classes apart and the data have 7, so layer {model.head_name} starts"
+        in capsys.readouterr().out
+    )
     for name, value in model.state_dict().items():
         if not name.endswith("num_batches_tracked"):
-            expected = before if name.startswith(f"{model.head}.") else theirs.state_dict()
+            expected = before if name.startswith(f"{model.head_name}.") else theirs.state_dict()
             assert torch.equal(value, expected[name]), name
 
 

@@ -106,11 +106,11 @@ def test_safetensors_are_read_by_what_is_in_them(state, tmp_path, monkeypatch):
 def test_names_that_the_network_has_itself_are_left_alone(tmp_path):
     """A network with a part called module, whose names must not be cut."""
     theirs = nn.ModuleDict({"module": nn.Linear(2, 2)})
-    theirs.head = "module"
+    theirs.head_name = "module"
     nn.init.constant_(theirs["module"].weight, 3.0)
     path = saved(theirs.state_dict(), tmp_path / "own.pt")
     model = nn.ModuleDict({"module": nn.Linear(2, 2)})
-    model.head = "module"
+    model.head_name = "module"
     load_pretrained(model, path)
     assert (model["module"].weight == 3).all()
 
