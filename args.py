@@ -7,7 +7,7 @@ choices, declares the options and says which methods read them and which values 
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -33,6 +33,7 @@ from utils.errors import UserError
 from utils.option_text import CommandLine, read_dict, read_yaml, to_yaml
 from utils.options import (
     AUTO,
+    Given,
     Removed,
     Rule,
     Setting,
@@ -45,6 +46,7 @@ from utils.options import (
     options_of,
     resolve,
     why_unread,
+    worded,
 )
 
 FROM_FILES = {"set": ("ImageFolder", "ImageNet")}
@@ -65,6 +67,11 @@ REMOVED = {
         flag=True,
     ),
     "trainer": Removed(("default",), "there is one trainer; leave it out", flag=True),
+    "bn_type": Removed(
+        ("LearnedBatchNorm", "NonAffineBatchNorm", "None"),
+        "its networks have PyTorch's batch-norm whatever it says; leave it out",
+        flag=True,
+    ),
     "semantics": Removed(("unit",), "use method released instead"),
     "weight_samples": Removed(("1",), "use method released, which trains the weights on all masks of a step"),
     "clip_jointly": Removed(NO, "use method released, which clips weights and scores by one norm"),
@@ -72,6 +79,21 @@ REMOVED = {
     "subbatch": Removed(("0",), "docs/estimators.md names the last version that had it; leave it out"),
     "bad_images": Removed(("error",), "look for damaged files with python -m data.check; leave it out"),
     "gauge_every": Removed(("0",), "measure on checkpoints with python -m tools.gauge; leave it out"),
+}
+
+# Names by which a command or file is known to be made for the released code, and the options that mean something else
+# there: by key, the value for which that makes no difference, and what is different.
+RELEASED_NAMES = {"prune_rate", "lr", "weight_opt_lr", "conv_type", "trainer", "bn_type"}
+ONLY_OF_SCORES = "drives weights and scores, and in the released code the scores alone (--method released does that)"
+MEANS_OTHERWISE = {
+    "weight_decay": (
+        5e-4,
+        "acts on the weights, and in the released code on the scores, whose weights have 5e-4 (--method released does "
+        "that)",
+    ),
+    "lr_policy": ("cosine_lr", ONLY_OF_SCORES),
+    "warmup_length": (0, ONLY_OF_SCORES),
+    "width_mult": (1.0, "scales the network, and in the released code it only names a folder"),
 }
 
 
@@ -482,11 +504,17 @@ class TrainConfig:
         0.1, "learning rate of the weights", within="(0, inf)", aliases=("weight_opt_lr",), common=True
     )
     momentum: float = option(0.9, "momentum of SGD", within="[0, 1)")
-    weight_decay: float = option(5e-4, "weight decay of the weights", within="[0, inf)")
+    weight_decay: float = option(
+        5e-4,
+        "weight decay of the weights; with method released, as in that code, it is that of the scores by Adam, and "
+        "weights have 5e-4",
+        within="[0, inf)",
+    )
     nesterov: bool = option(False, "Nesterov's momentum in SGD")
     lr_policy: str = option(
         "cosine_lr",
-        "cosine to 0, constant, or divided by 10 at 50 % and at 75 % of the epochs",
+        "cosine to 0, constant, or divided by 10 at 50 % and at 75 % of the epochs; with method released it is that of "
+        "the scores alone, divided every 30 epochs, and weights follow the cosine",
         choices=("cosine_lr", "constant_lr", "multistep_lr"),
     )
     warmup_length: int = option(0, "epochs over which learning rates rise; below epochs", within="[0, inf)")
@@ -665,10 +693,15 @@ class Config:
 
 @dataclass(frozen=True)
 class Arguments:
-    """A config and, for every key, its origin: "default", "file" or "command line"."""
+    """A config and, for every key, its origin: "default", "file" or "command line".
+
+    Attributes:
+        notices: what a user of the released code may not expect, a sentence each.
+    """
 
     config: Config
     origin: dict[str, str]
+    notices: tuple[str, ...] = ()
 
 
 OPTIONS = options_of(Config, REMOVED)
@@ -707,7 +740,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     command_line = CommandLine(OPTIONS, Config, USAGE, DESCRIPTION, {"list": (about, catalogue)})
     written = command_line.read(sys.argv[1:] if argv is None else argv)
     path = resolve(OPTIONS, written).get("config")
-    file = resolve(OPTIONS, read_yaml(path.value)) if path and path.value else {}
+    # What the command line replaces may be wrong in the file, such as the arch in that of the released code.
+    replaced = {name for key in _keys(written) for name in OPTIONS[key].names}
+    lines = [given for given in read_yaml(path.value) if given.name not in replaced] if path and path.value else []
+    file = resolve(OPTIONS, lines)
     flags = resolve(OPTIONS, written, below=file)
     origin = {key: "command line" if key in flags else "file" if key in file else "default" for key in OPTIONS}
     config, where = _config_of({**file, **flags})
@@ -715,7 +751,28 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
         check_together(OPTIONS, config, where)
         if not config.run.doctor:  # it looks for all sets, for example, whichever the options name
             check_effect(OPTIONS, config, flags)
-    return Arguments(config, origin)
+    return Arguments(config, origin, _notices(config, origin, {given.name for given in (*written, *lines)}))
+
+
+def _keys(given: Iterable[Given]) -> set[str]:
+    """The keys of the options that are given, by whatever name."""
+    names = {item.name for item in given}
+    return {entry.key for entry in OPTIONS.values() if names & set(entry.names)}
+
+
+def _notices(config: Config, origin: Mapping[str, str], names: set[str]) -> tuple[str, ...]:
+    """What options do here that do something else in the released code, for which this was written by its names."""
+    if not names & RELEASED_NAMES:
+        return ()
+    values = config_to_dict(config)
+    return tuple(
+        f"{key} {worded(values[key])} ({origin[key]}) {difference}"
+        for key, (same, difference) in MEANS_OTHERWISE.items()
+        if origin[key] != "default"
+        and values[key] != same
+        and (config.method != "released" or key == "width_mult")
+        and not why_unread(OPTIONS, values, key)
+    )
 
 
 def config_from_dict(flat: Mapping[str, object], where: str) -> Config:

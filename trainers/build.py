@@ -169,20 +169,27 @@ def with_layout_of_start(config: Config) -> Config:
     return config_from_dict({**config_to_dict(config), **theirs}, start.source)
 
 
+# In the released code the option weight_decay is that of Adam on the scores; these two decays are constants.
+RELEASED_DECAY_OF_WEIGHTS, RELEASED_DECAY_OF_SCORES_BY_SGD = 5e-4, 1e-6
+
+
 def make_weight_optimizer(network: SparseNetwork, config: Config, learning_rate: float) -> FusedSGD:
     return FusedSGD(
         network.weight_parameters(),
         lr=learning_rate,
         momentum=config.train.momentum,
-        weight_decay=config.train.weight_decay,
+        weight_decay=RELEASED_DECAY_OF_WEIGHTS if config.method == "released" else config.train.weight_decay,
         nesterov=config.train.nesterov,
     )
 
 
 def make_score_optimizer(network: SparseNetwork, config: Config) -> torch.optim.Optimizer:
-    if config.train.optimizer == "adam":
-        return torch.optim.Adam([network.scores], lr=config.train.score_lr)
-    return torch.optim.SGD([network.scores], lr=config.train.score_lr, momentum=config.train.momentum)
+    train, released = config.train, config.method == "released"
+    if train.optimizer == "adam":
+        decay = train.weight_decay if released else 0.0
+        return torch.optim.Adam([network.scores], lr=train.score_lr, weight_decay=decay)
+    decay = RELEASED_DECAY_OF_SCORES_BY_SGD if released else 0.0
+    return torch.optim.SGD([network.scores], lr=train.score_lr, momentum=train.momentum, weight_decay=decay)
 
 
 def make_estimator(network: SparseNetwork, config: Config) -> Estimator:

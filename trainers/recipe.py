@@ -109,7 +109,9 @@ class Recipe:
         now, total = self.run.epoch * steps_per_epoch + step, epochs * steps_per_epoch
         warmup = train.warmup_length * steps_per_epoch
         span = config.total_epochs * steps_per_epoch if config.one_curve else total
-        weight_lr = train.weight_lr * learning_rate_factor(train.lr_policy, now, span, warmup)
+        # In the released code policy and warm-up drive the scores alone.
+        weights, drop = (("cosine_lr", 0), 30) if config.method == "released" else ((train.lr_policy, warmup), 0)
+        weight_lr = train.weight_lr * learning_rate_factor(weights[0], now, span, weights[1])
         if self.run.phase == "finetune":
             return StepSettings(weight_lr if config.one_curve else config.finetune.finetune_lr)
         fall = (sparsity.budget_start, sparsity.budget_end)
@@ -121,7 +123,7 @@ class Recipe:
             return StepSettings(weight_lr, keep_ratio=keep_ratio, progress=now / total)
         return StepSettings(
             weight_lr=weight_lr,
-            score_lr=train.score_lr * learning_rate_factor(train.lr_policy, now, total, warmup),
+            score_lr=train.score_lr * learning_rate_factor(train.lr_policy, now, total, warmup, drop * steps_per_epoch),
             keep_ratio=keep_ratio,
             update_scores=now % sparsity.score_every == 0,
             progress=now / total,

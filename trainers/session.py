@@ -70,6 +70,8 @@ class Session:
         """Does what the arguments ask for; see `main.main` for the exit codes."""
         config = self.arguments.config
         allow(config.model.arch, self.arguments.origin["arch"])
+        for notice in self.arguments.notices:
+            announce(f"note: {notice}")
         if config.run.resume is None:
             return self._on_devices(config, self._begin)
         stored = find_run(config)

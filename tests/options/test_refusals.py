@@ -36,8 +36,8 @@ from utils.options import why_unread
         ("--epochs " + "9" * 5000, "999... (command line)"),
         (
             "--arch resnet33",
-            f"arch must be one of {', '.join(ARCHS)}, or PACKAGE.MODULE:FUNCTION for a network of your own, got 'resnet33' "
-            "(command line); did you mean 'resnet34'?",
+            f"arch must be one of {', '.join(ARCHS)}, or PACKAGE.MODULE:FUNCTION for a network of your own, got "
+            "'resnet33' (command line); did you mean 'resnet34'?",
         ),
         ("--set cifar10", "got 'cifar10' (command line); did you mean 'CIFAR10'?"),
         ("--estimator disarm", "estimator must be one of vrpge, reinforce, linear_cv_gates, taylor, got 'disarm'"),

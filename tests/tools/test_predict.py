@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data import build_data
-from data.files import find_image_folder
+from data.folders import find_image_folder
 from data.sources import load_fashion_mnist_mini
 from tests.tiny import make_images, run
 from tools import export, export_checks, predict

@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 
 
-def learning_rate_factor(policy: str, step: int, total_steps: int, warmup_steps: int = 0) -> float:
+def learning_rate_factor(policy: str, step: int, total_steps: int, warmup_steps: int = 0, drop_every: int = 0) -> float:
     """What the base learning rate is multiplied with at `step`, counted from 0.
 
     Warm-up climbs linearly to 1; after it `cosine_lr` falls to 0 at `total_steps`, `multistep_lr` divides by 10 at one
     half and three quarters of the way, `constant_lr` stays. The released code changes the rate once an epoch, we every
     step: the same curve, but short runs are not cut into coarse stairs.
+
+    Args:
+        drop_every: steps after which `multistep_lr` divides by 10, again and again and without warm-up, as in the
+            released code; 0: at one half and three quarters.
     """
+    if drop_every and policy == "multistep_lr":
+        return 0.1 ** (step // drop_every)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
