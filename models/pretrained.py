@@ -215,6 +215,8 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, hint:
 
 def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """The parameters of the head, if it fits but for the number of classes."""
+    if not model.head_name:  # no single layer makes the logits of this network
+        return []
     wanted = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] == model.head_name}
     if any(name not in state or state[name].shape[1:] != value.shape[1:] for name, value in wanted.items()):
         return []

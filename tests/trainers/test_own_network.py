@@ -13,6 +13,7 @@ from tests.tiny import make_images, run
 from tests.toy import one_thread  # noqa: F401
 from tools import export
 from tools.exported import read_network
+from trainers.doctor import Findings, check_arch
 from trainers.session import folder_names
 from utils.run.checkpoint import load
 
@@ -89,3 +90,12 @@ def test_first_weights_are_those_of_the_code(trained, root, capsys):
     assert "--init (command line) has no effect: arch is own_net:make; leave it out" in capsys.readouterr().err
     first = trained.record.steps("weights")[0].before[0]
     assert torch.equal(first, torch.full_like(first, 0.25))
+
+
+def test_the_doctor_looks_for_the_function(root, capsys):
+    (root / "own_net.py").write_text(NET)
+    for arch, problems in ((ARCH, 0), ("own_net:absent", 1), ("resnet20", 0)):
+        found = Findings()
+        check_arch(found, parse_args(["--doctor", "--arch", arch]).config)
+        assert len(found.problems) == problems
+    assert capsys.readouterr().out == f"network     found: {ARCH}\n"
