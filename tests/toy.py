@@ -53,7 +53,11 @@ class ReleasedNet(ResNetCifar):
         "layer2.0.conv2": 12,
         "layer2.0.shortcut.0": 12,
     }
-    VITAL = (("conv1",), ("layer2.0.conv2", "layer2.0.shortcut.0"))
+    VITAL = (
+        ("conv1",),
+        ("layer2.0.conv1", "layer2.0.shortcut.0"),
+        ("layer2.0.conv2", "layer2.0.shortcut.0"),
+    )
 
     def __init__(self) -> None:
         super().__init__(1, (6, 12, 1), NUM_CLASSES, 3)
@@ -117,7 +121,7 @@ class PreActivationNet(nn.Module):
         "block3.conv2": 6,
         "block3.shortcut": 6,
     }
-    VITAL = (("stem",), ("block3.conv2", "block3.shortcut"))
+    VITAL = (("stem",), ("block3.conv1", "block3.shortcut"), ("block3.conv2", "block3.shortcut"))
 
     def __init__(self) -> None:
         super().__init__()

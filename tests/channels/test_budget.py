@@ -150,7 +150,13 @@ def test_in_released_execution_no_layer_is_vital():
         network = sparse_network(plain_net("released"), NETWORKS["released"].LAYERS, execution)
         kept[execution] = Budget(network).best_units(values_U, values_U, 0.1)
     assert np.flatnonzero(kept["released"]).tolist() == [0, 1, 2, 3, 4]
-    assert np.flatnonzero(kept["compact"]).tolist() == [0, 1, 2, 3, 30]
+    assert np.flatnonzero(kept["compact"]).tolist() == [
+        0,
+        1,
+        2,
+        18,
+        30,
+    ]  # the stem, and one unit of each convolution of the block
 
 
 @pytest.mark.parametrize("unit", COSTS)

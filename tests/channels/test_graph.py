@@ -121,7 +121,9 @@ def test_vital_groups_of_a_deeper_residual_network():
     layers = {name: conv.out_channels for name, conv in subnet_convs(model).items()}
     assert named_groups(graph, layers) == {
         ("conv1",),
+        ("layer2.0.conv1", "layer2.0.shortcut.0"),
         ("layer2.0.conv2", "layer2.0.shortcut.0"),
+        ("layer3.0.conv1", "layer3.0.shortcut.0"),
         ("layer3.0.conv2", "layer3.0.shortcut.0"),
     }
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from utils.algorithm.cuts import smallest_cuts
 from utils.conv_type import VRPGE, PlainConv, SubnetBatchNorm, SubnetConv, is_depthwise, subnet_convs
 
 
@@ -317,28 +318,16 @@ class ChannelGraph:
         raise _unfollowed(what, "it is not a known layer or operation")
 
     def _find_vital_groups(self) -> list[np.ndarray]:
-        """Sets of layers of which one must keep a unit: dropping all of them cuts every path to the output."""
-        groups: set[frozenset[int]] = set()
-        for op in self.ops:
-            if op.kind in ("conv", "depthwise", "linear", "norm"):
-                space = self.spaces[self.ops[op.inputs[0]].space]
-                if not space.never_empty and not self._has_path_without(space.writers):
-                    groups.add(space.writers)
-        smallest = [group for group in groups if not any(other < group for other in groups)]
-        widths = {first: segment.width for s in self.spaces for segment in s.segments for first in segment.writers}
-        return [
-            np.concatenate([np.arange(first, first + widths[first]) for first in sorted(group)])
-            for group in sorted(smallest, key=sorted)
-        ]
-
-    def _has_path_without(self, dropped: frozenset[int]) -> bool:
-        reached: list[bool] = []
-        for op in self.ops:
-            alive = op.kind == "input" or any(reached[i] for i in op.inputs)
-            if isinstance(op.module, VRPGE):
-                alive = alive and not self.spaces[op.space].writers <= dropped
-            reached.append(alive)
-        return reached[-1]
+        """The units of the smallest sets of layers that cut every path to the output if all of them are empty."""
+        spaces = [self.spaces[op.space] for op in self.ops]
+        mixing = [op.kind in ("conv", "linear") for op in self.ops]  # the others are lost with what they read
+        cuts = smallest_cuts(
+            [op.inputs for op in self.ops],
+            [None if s.never_empty or not mixes else s.writers for s, mixes in zip(spaces, mixing, strict=True)],
+            [op.kind == "input" for op in self.ops],
+        )
+        widths = {first: segment.width for s in spaces for segment in s.segments for first in segment.writers}
+        return [np.concatenate([np.arange(first, first + widths[first]) for first in sorted(cut)]) for cut in cuts]
 
     def columns_per_channel(self, op: Op) -> int:
         """How many columns of a linear layer read one channel: more than one behind a flatten of a map."""
