@@ -120,13 +120,15 @@ def _priorities(values_U: np.ndarray, scores_U: np.ndarray, vital_groups: Iterab
 
 
 def estimate_statistics(network: SparseNetwork, mask_U: np.ndarray, batches: Iterable[tuple[Tensor, Tensor]]) -> Subnet:
-    """A subnet whose batch-norm statistics are plain averages over the given training batches.
+    """A subnet whose batch-norm statistics are averages over training batches, in which every image counts alike.
 
     The statistics of the network itself, which mix all the masks of training, are left as they were.
 
     Args:
         mask_U: (U,) bool.
-        batches: shuffled images, in numbers that fill batch statistics.
+        batches: shuffled images, in numbers that fill batch statistics. A last batch of one image has no variance where
+            a map has one pixel, so it joins the batch before.
+    Raises: ValueError without any images.
     """
     norms = network.batch_norms()
     momenta = {name: norm.momentum for name, norm in norms.items()}
@@ -136,10 +138,14 @@ def estimate_statistics(network: SparseNetwork, mask_U: np.ndarray, batches: Ite
     network.model.train()
     try:
         with torch.no_grad():
-            for number, (images, _) in enumerate(batches):
+            num_images = 0
+            for images in _without_single_rest(images for images, _ in batches):
+                num_images += len(images)
                 for norm in norms.values():
-                    norm.momentum = 1 / (number + 1)  # a running average of all batches so far
+                    norm.momentum = len(images) / num_images  # a running average of all images so far
                 network(images, plan)
+        if num_images == 0:
+            raise ValueError("statistics need images, and there is no batch")
         statistics = {name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in norms.items()}
     finally:
         network.model.train(was_training)
@@ -148,6 +154,18 @@ def estimate_statistics(network: SparseNetwork, mask_U: np.ndarray, batches: Ite
             norm.running_mean.copy_(saved[name][0])
             norm.running_var.copy_(saved[name][1])
     return Subnet(plan.mask_U, statistics)
+
+
+def _without_single_rest(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same images, but a last batch of one image joins the batch before it."""
+    waiting: list[Tensor] = []
+    for images in batches:
+        if len(waiting) == 2:
+            yield waiting.pop(0)
+        waiting.append(images)
+    if len(waiting) == 2 and len(waiting[1]) == 1:
+        waiting = [torch.cat(waiting)]
+    yield from waiting
 
 
 def use_statistics(network: SparseNetwork, subnet: Subnet) -> None:
