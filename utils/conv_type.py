@@ -8,7 +8,8 @@ that were set from outside. `utils/channels/compact.py` computes the same number
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ def conv2d(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     stride = conv.stride
     if conv.kernel_size == (1, 1) and conv.padding == (0, 0) and stride != (1, 1):
         x, stride = F.avg_pool2d(x, 1, stride), (1, 1)
-    return F.conv2d(x, weight, bias, stride, conv.padding, conv.dilation, groups=x.shape[1] // weight.shape[1])
+    groups = len(weight) if is_depthwise(conv) else conv.groups
+    return F.conv2d(x, weight, bias, stride, conv.padding, conv.dilation, groups)
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
@@ -44,26 +46,52 @@ class PlainConv(nn.Conv2d):
 class SubnetConv(PlainConv):
     """A convolution of which a subset of output channels is in use.
 
-    `mask` (C,) bool is set from outside and only applied here; None keeps every channel. The mask acts before
-    batch-norm, so on its own it leaves a dropped channel as a constant (the shift of the batch-norm). That is the
-    released execution; for dropped to mean absent, the `SubnetBatchNorm` behind needs its `live` mask too.
+    `masks` are set from outside for one forward pass: one (C,) bool tensor for every run of the layer in that pass, or
+    None in place of one that keeps every channel. A mask acts before batch-norm, so on its own it leaves a dropped
+    channel as a constant (the shift of the batch-norm). That is the released execution; for dropped to mean absent, the
+    `SubnetBatchNorm` behind needs its masks too.
     """
 
-    mask: Tensor | None = None
+    masks: Iterator[Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y if self.mask is None else y * self.mask.view(-1, 1, 1)
+        y, mask = super().forward(x), _next_mask(self.masks)
+        return y if mask is None else y * mask.view(-1, 1, 1)
+
+
+def _next_mask(masks: Iterator[Tensor | None] | None) -> Tensor | None:
+    """The mask of the run of a layer that has begun.
+
+    Raises: RuntimeError for a layer that runs more often than it has masks.
+    """
+    if masks is None:
+        return None
+    for mask in masks:
+        return mask
+    raise RuntimeError("a layer runs more often than it did when the network was traced")
 
 
 class VRPGE(SubnetConv):
     """A `SubnetConv` that owns the probabilities by which its channels are kept.
 
     `scores` (C,) in [0, 1]: unit i is kept with probability scores[i]. They are trained by the policy gradient of
-    `utils/algorithm/estimators`, never by backward, and live in one flat vector per network (`SparseNetwork.scores`).
+    `utils/algorithm/estimators`, never by backward.
+
+    All layers of a `SparseNetwork` share one parameter with the scores of all units, and `scores` is a view of this
+    layer's part. So whatever moves, copies, converts or stores the model finds a single place. A state dict has the
+    part alone, as `scores`.
+
+    Attributes:
+        shared_scores: (U,) of all layers; (C,) of this one until it belongs to a `SparseNetwork`.
+        units: where this layer's part of them is.
     """
 
-    scores: nn.Parameter
+    shared_scores: nn.Parameter
+    units: slice
+
+    @property
+    def scores(self) -> Tensor:
+        return self.shared_scores[self.units]
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, score_init: float) -> VRPGE:
@@ -76,21 +104,44 @@ class VRPGE(SubnetConv):
         if conv.groups != 1:
             raise ValueError("cannot mask a grouped convolution: a depthwise one follows the channels that it filters")
         conv.__class__ = cls
-        conv.scores = nn.Parameter(torch.full((conv.out_channels,), score_init), requires_grad=False)
+        scores = torch.full((conv.out_channels,), float(score_init), device=conv.weight.device)
+        conv.share_scores(nn.Parameter(scores, requires_grad=False), first_unit=0)
         return conv
+
+    def share_scores(self, scores_U: nn.Parameter, first_unit: int) -> None:
+        """From now on the scores of this layer are those of its units in `scores_U`."""
+        self.units = slice(first_unit, first_unit + self.out_channels)
+        self.shared_scores = scores_U
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}scores"] = destination.pop(f"{prefix}shared_scores")[self.units]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Loads a parameter `scores` that is there meanwhile, so that torch's own rules hold, and copies its values."""
+        shared = self._parameters.pop("shared_scores")
+        own = self._parameters["scores"] = nn.Parameter(shared[self.units].clone(), requires_grad=False)
+        try:
+            super()._load_from_state_dict(*args, **kwargs)
+        finally:
+            own = self._parameters.pop("scores")
+            self._parameters["shared_scores"] = shared
+        with torch.no_grad():
+            self.scores.copy_(own)
 
 
 class SubnetBatchNorm(nn.BatchNorm2d):
     """A batch-norm that knows which of its channels exist.
 
-    `live` (C,) bool, set from outside: other channels leave as exact zeros and keep their running statistics. None:
-    all live. `update_statistics` is off in passes of which only the loss is used.
+    `masks` are set from outside for one forward pass, see `SubnetConv`. Channels that do not exist leave as exact zeros
+    and keep their running statistics. `update_statistics` is off in passes of which only the loss is used.
     """
 
-    live: Tensor | None = None
+    masks: Iterator[Tensor | None] | None = None
     update_statistics: bool = True
 
     def forward(self, x: Tensor) -> Tensor:
+        live = _next_mask(self.masks)
         if not self.training:
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         elif not self.update_statistics:
@@ -98,11 +149,10 @@ class SubnetBatchNorm(nn.BatchNorm2d):
         else:
             mean, var = self.running_mean.clone(), self.running_var.clone()
             y = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
-            live = True if self.live is None else self.live
             with torch.no_grad():
-                self.running_mean.copy_(mean.where(torch.as_tensor(live, device=mean.device), self.running_mean))
-                self.running_var.copy_(var.where(torch.as_tensor(live, device=var.device), self.running_var))
-        return y if self.live is None else y * self.live.view(-1, 1, 1)
+                self.running_mean.copy_(mean if live is None else mean.where(live, self.running_mean))
+                self.running_var.copy_(var if live is None else var.where(live, self.running_var))
+        return y if live is None else y * live.view(-1, 1, 1)
 
 
 def sparsify(model: nn.Module, maskable: Iterable[str] | None = None, score_init: float = 0.5) -> nn.Module:

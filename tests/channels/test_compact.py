@@ -173,8 +173,7 @@ def test_masks_are_gone_after_a_masked_pass_even_if_it_fails():
     with pytest.raises(RuntimeError, match="to have 3 channels, but got 5"):
         network(torch.zeros(2, 5, 8, 8, dtype=torch.float64), plan, update_statistics=False)
     for module in network.model.modules():
-        assert getattr(module, "mask", None) is None
-        assert getattr(module, "live", None) is None
+        assert getattr(module, "masks", None) is None
         assert getattr(module, "update_statistics", True)
 
 

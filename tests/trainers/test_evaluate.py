@@ -70,7 +70,7 @@ def everything(state: Search) -> dict[str, object]:
         "tensors": {name: tensor.detach().clone() for name, tensor in tensors.items()},
         "settings": settings,
         "storage": identities,
-        "masks": [getattr(m, k, None) for m in network.model.modules() for k in ("mask", "live")],
+        "masks": [getattr(m, "masks", None) for m in network.model.modules()],
         "groups": copy.deepcopy(
             [o.state_dict()["param_groups"] for o in (state.weight_optimizer, state.score_optimizer)]
         ),

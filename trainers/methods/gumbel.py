@@ -16,8 +16,8 @@ from trainers.default import StepResult, StepSettings, backward_, batch_sums, cl
 from trainers.methods.vrpge import ScoreMethod
 from trainers.state import RunState
 from utils.channels.graph import ChannelGraph, Segment
+from utils.channels.masked import maskable_ops, masks_set
 from utils.channels.network import SparseNetwork
-from utils.conv_type import SubnetBatchNorm, SubnetConv
 from utils.ranks.exchange import averaged, broadcast_scores_
 
 FIRST_TEMPERATURE, LAST_TEMPERATURE = 1.0, 0.03  # released code of ProbMask, main.py, where it falls once an epoch
@@ -115,19 +115,10 @@ def gated(network: SparseNetwork, gates_U: Tensor) -> Iterator[None]:
     """
     graph = network.graph
     gates = gates_of_spaces(graph, gates_U)
-    not_only_normed = {i for op in graph.ops if op.kind != "norm" for i in op.inputs}
-    for i, op in enumerate(graph.ops):
-        if isinstance(op.module, SubnetConv) and i in not_only_normed:
-            op.module.mask = gates[op.space]
-        elif isinstance(op.module, SubnetBatchNorm):
-            op.module.live = gates[op.space]
-            op.module.update_statistics = False
-    try:
+    read_elsewhere = {graph.ops[i].node for op in graph.ops if op.kind != "norm" for i in op.inputs}
+    masks = [
+        (op, gates[op.space] if op.kind == "norm" or op.node in read_elsewhere else None)
+        for op in maskable_ops(graph.ops)
+    ]
+    with masks_set(masks, update_statistics=False):
         yield
-    finally:
-        for op in graph.ops:
-            if isinstance(op.module, SubnetConv):
-                op.module.mask = None
-            elif isinstance(op.module, SubnetBatchNorm):
-                op.module.live = None
-                op.module.update_statistics = True

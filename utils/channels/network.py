@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,10 +10,11 @@ from utils.algorithm.masks import keep_one_unit
 from utils.channels.capacity import FixedShapes, capacities_for, stored_runs
 from utils.channels.compact import CompactForward
 from utils.channels.cost import ExpectedCost
-from utils.channels.graph import ChannelGraph
+from utils.channels.graph import ChannelGraph, Op
+from utils.channels.masked import maskable_ops, masks_set
 from utils.channels.plan import Plan, make_plan, on_device, preferred_multiple
 from utils.channels.slots import SPREADING
-from utils.conv_type import VRPGE, SubnetBatchNorm, SubnetConv, subnet_convs
+from utils.conv_type import VRPGE, subnet_convs
 
 
 class SparseNetwork:
@@ -33,7 +31,6 @@ class SparseNetwork:
         multiple: what kept channel counts are padded to in compact execution; None: what suits the device.
 
     Attributes:
-        scores: (U,) flat parameter; the `scores` of each layer are views of it.
         stored_units: (U,) bool: units whose parameters still exist; all of them until the network shrinks.
         stored: the same per space of the graph.
         shapes: what makes the plans of a step have shapes that stay; None: they are as wide as their masks.
@@ -54,7 +51,8 @@ class SparseNetwork:
         self.precision = precision
         self.graph = ChannelGraph(model, image_shape, residual_masks)
         self.layers = subnet_convs(model)
-        self.scores = self._flatten_scores()
+        self._no_scores = nn.Parameter(torch.empty(0), requires_grad=False)
+        self._join_scores()
         self.device = next(model.parameters()).device
         self.multiple = preferred_multiple(self.device) if multiple is None else multiple
         self.stored_units = np.ones(self.num_units, dtype=bool)
@@ -66,13 +64,26 @@ class SparseNetwork:
         self.dense_macs = sum(self.graph.layer_macs(self.dense_plan.counts).values())
         self.dense_parameters = sum(self.graph.layer_parameters(self.dense_plan.counts).values())
 
-    def _flatten_scores(self) -> nn.Parameter:
-        first_score = next((layer.scores for layer in self.layers.values()), torch.empty(0))
-        scores = nn.Parameter(first_score.new_empty(self.graph.num_units), requires_grad=False)
-        for layer, part in zip(self.layers.values(), self.split(scores.data), strict=True):
-            part.copy_(layer.scores)
-            layer.scores.data = part
-        return scores
+    def _join_scores(self) -> None:
+        """Gives all layers one parameter with the scores of all units. One that they have already stays."""
+        if not self.layers:
+            return
+        firsts = [self.graph.first_unit[name] for name in self.layers]
+        layers = list(self.layers.values())
+        if self.scores.numel() == self.num_units and all(
+            layer.shared_scores is self.scores and layer.units.start == first
+            for first, layer in zip(firsts, layers, strict=True)
+        ):
+            return
+        joined = nn.Parameter(self.scores.new_empty(self.num_units), requires_grad=False)
+        for first, layer in zip(firsts, layers, strict=True):
+            joined[first : first + layer.out_channels] = layer.scores
+            layer.share_scores(joined, first)
+
+    @property
+    def scores(self) -> nn.Parameter:
+        """(U,) of all units, the parameter that the layers share, see `VRPGE`; empty without maskable layers."""
+        return next((layer.shared_scores for layer in self.layers.values()), self._no_scores)
 
     @property
     def num_units(self) -> int:
@@ -90,12 +101,16 @@ class SparseNetwork:
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Everything that is trained by backward: all parameters but the scores."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return list(self._weights().values())
+
+    def _weights(self) -> dict[str, nn.Parameter]:
+        named = self.model.named_parameters()
+        return {name: value for name, value in named if value.requires_grad and value is not self.scores}
 
     def moving_tensors(self) -> dict[str, Tensor]:
         """What a training step moves beside the scores, by name: weights and the statistics of batch-norms."""
-        weights = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        return weights | {name: value for name, value in self.model.named_buffers() if value.is_floating_point()}
+        buffers = {name: value for name, value in self.model.named_buffers() if value.is_floating_point()}
+        return self._weights() | buffers
 
     def clear_gradients(self) -> None:
         """Before a backward: no parameter has a gradient other than zero."""
@@ -172,7 +187,7 @@ class SparseNetwork:
             elif self.execution == "compact":
                 logits = self._compact(images, plan, update_statistics)
             else:
-                with self._masks_of(plan, update_statistics):
+                with masks_set(self._masks_of(plan), update_statistics):
                     logits = self.model(images)
         return logits.float() if self.precision == "bf16" else logits
 
@@ -180,27 +195,14 @@ class SparseNetwork:
         """Context in which layers compute in the precision of the network."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    @contextmanager
-    def _masks_of(self, plan: Plan, update_statistics: bool) -> Iterator[None]:
-        """Sets the masks of all layers for one pass of the reference."""
-        for op in self.graph.ops:
-            if isinstance(op.module, SubnetConv | SubnetBatchNorm):
-                live = torch.from_numpy(plan.live[op.space]).to(self.device)
-                leaks = self.execution == "released"
-                if isinstance(op.module, SubnetConv):  # a depthwise one follows, unless the mask is to leak
-                    op.module.mask = None if leaks and not isinstance(op.module, VRPGE) else live
-                else:
-                    op.module.live = None if leaks else live
-                    op.module.update_statistics = update_statistics
-        try:
-            yield
-        finally:
-            for op in self.graph.ops:
-                if isinstance(op.module, SubnetConv):
-                    op.module.mask = None
-                elif isinstance(op.module, SubnetBatchNorm):
-                    op.module.live = None
-                    op.module.update_statistics = True
+    def _masks_of(self, plan: Plan) -> list[tuple[Op, Tensor | None]]:
+        """The mask of every run of a layer in the reference."""
+        leaks = self.execution == "released"  # then a mask multiplies its own convolution and nothing behind it
+        return [
+            (op, None if leaks and not isinstance(op.module, VRPGE) else torch.from_numpy(live).to(self.device))
+            for op in maskable_ops(self.graph.ops)
+            for live in [plan.live[op.space]]
+        ]
 
     def subnet_macs(self, plan: Plan) -> int:
         """Multiply-adds of one image, one forward pass, of the network that a plan describes."""

@@ -72,7 +72,7 @@ def shrink_to(
         module, reads, writes = op.module, _source(network, op), op.space
         per_channel = network.graph.columns_per_channel(op) if op.kind == "linear" else 1
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if name == "scores" or tensor.dim() == 0:
+            if name == "shared_scores" or tensor.dim() == 0:
                 continue
             rows = kept[writes]
             mixes = tensor.dim() > 1 and op.kind != "depthwise"
