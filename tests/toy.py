@@ -359,7 +359,7 @@ def build_network(
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # `test_graph.py` has its own test of a graph in another dtype
     try:
-        return SparseNetwork(model, image_shape, execution=execution, **{"multiple": 1, **options})
+        return SparseNetwork(model, image_shape, execution=execution, **{"multiple": 1, "self_check": False, **options})
     finally:
         torch.set_default_dtype(default)
 

@@ -12,6 +12,7 @@ import torch
 from args import ESTIMATORS, OPTIONS, Config, config_from_dict, config_to_dict
 from data import DataSplits
 from models import (
+    MODELS,
     SubnetOfRun,
     build_model,
     find_choice,
@@ -86,6 +87,7 @@ def make_network(
             execution="released" if released else "compact" if dense else config.sparsity.execution,
             residual_masks="free" if released else config.sparsity.residual_masks,
             precision=config.train.precision,
+            self_check=options.arch not in MODELS,  # ours are tested
         )
     except ValueError as error:  # such as a pooling that has nothing left to read
         if is_own(options.arch):  # it has read such images before

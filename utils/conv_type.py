@@ -181,6 +181,13 @@ def sparsify(model: nn.Module, maskable: Iterable[str] | None = None, score_init
     return model
 
 
+def kind_of(module: nn.Module) -> str:
+    """The class of a layer as its user wrote it."""
+    if isinstance(module, PlainConv):
+        return nn.Conv2d.__name__
+    return nn.BatchNorm2d.__name__ if isinstance(module, SubnetBatchNorm) else type(module).__name__
+
+
 def subnet_convs(model: nn.Module) -> dict[str, VRPGE]:
     """The maskable layers by name, in the order that fixes the layout of the flat score vector."""
     return {name: module for name, module in model.named_modules() if isinstance(module, VRPGE)}

@@ -30,7 +30,7 @@ def network_of(
 ) -> SparseNetwork:
     model = build_model(arch, 10, image_shape[0], image_shape[1], width_mult)
     sparsify(model, maskable_convs(model, first_layer_dense=False, last_layer_dense=False))
-    return SparseNetwork(model, image_shape, **options)
+    return SparseNetwork(model, image_shape, **{"self_check": False, **options})
 
 
 def counted_macs(network: SparseNetwork, plan: Plan, image_shape: tuple[int, int, int]) -> int:

@@ -45,7 +45,8 @@ BUILDERS = {
 
 def converted(plain: nn.Module, execution: str, residual_masks: str) -> SparseNetwork:
     model = sparsify(copy.deepcopy(plain)).double()
-    return SparseNetwork(model, IMAGE_SHAPE, execution=execution, residual_masks=residual_masks)
+    options = {"residual_masks": residual_masks, "self_check": False}  # these tests check more, and take longer
+    return SparseNetwork(model, IMAGE_SHAPE, execution=execution, **options)
 
 
 def one_step(network: SparseNetwork, masks_KU: np.ndarray) -> dict[str, torch.Tensor]:

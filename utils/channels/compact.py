@@ -147,6 +147,7 @@ class CompactForward:
             update_statistics: whether a training pass moves the running statistics of the kept channels.
         """
         results: list[Tensor | None] = []
+        self._shapes = self.graph.shapes_at(tuple(images.shape[1:]))
         norms = NormPass(self._norms, plan, update_statistics)
         for op, finished in zip(self.graph.ops, self._free_after, strict=True):
             operands = [results[i] for i in op.inputs]
@@ -183,7 +184,7 @@ class CompactForward:
             return None
         bias = self._bias(op, plan)
         if x is None:  # torch has no convolution of zero channels; it would be the bias alone
-            zeros = _zeros(images, (plan.widths[op.space], *op.shape[1:]))
+            zeros = _zeros(images, (plan.widths[op.space], *self._shapes[op.node][1:]))
             return zeros if bias is None else zeros + bias.to(zeros.dtype).view(-1, 1, 1)
         source = self.graph.ops[op.inputs[0]].space
         return conv2d(conv, x, self._weight(op, plan, plan.index[source], plan.widths[source]), bias)
@@ -260,7 +261,7 @@ class CompactForward:
         if not parts:
             return None
         if missing := plan.widths[op.space] - sum(filled):
-            shape = (len(parts[0]), missing, *op.shape[1:])
+            shape = (len(parts[0]), missing, *self._shapes[op.node][1:])
             parts.append(parts[0].new_zeros(shape).contiguous(memory_format=torch.channels_last))
         return torch.cat(parts, dim=1)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from utils.algorithm.cuts import smallest_cuts
-from utils.conv_type import VRPGE, PlainConv, SubnetBatchNorm, SubnetConv, is_depthwise, subnet_convs
+from utils.conv_type import VRPGE, PlainConv, SubnetBatchNorm, SubnetConv, is_depthwise, kind_of, subnet_convs
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,15 @@ class _Tracer(fx.Tracer):
 class _ShapeRecorder(fx.Interpreter):
     """Runs a graph on the meta device (shapes without data) and keeps the shape of every result."""
 
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
         if not isinstance(result, torch.Tensor):
             raise _unfollowed(node.name, "its result is not a tensor")
-        node.meta["shape"] = tuple(result.shape[1:])
+        self.shapes[node] = tuple(result.shape[1:])
         return result
 
 
@@ -220,14 +224,11 @@ class ChannelGraph:
         for name, module in model.named_modules():
             if reason := _module_refusal(module):
                 raise _unfollowed(f"module {name} ({type(module).__name__})", reason)
-        graph = _Tracer().trace(model)
-        meta_model = copy.deepcopy(model).to("meta", torch.float32)
-        images = torch.empty((2, *image_shape), dtype=torch.float32, device="meta")
-        try:
-            _ShapeRecorder(fx.GraphModule(meta_model, graph)).run(images)
-        except RuntimeError as error:  # torch's own words for shapes that do not fit
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"the network cannot read images of shape {image_shape}: {reason}") from error
+        self._traced = graph = _Tracer().trace(model)
+        self._skeleton = copy.deepcopy(model).to("meta", torch.float32)
+        self._shapes: dict[tuple[int, ...], dict[fx.Node, tuple[int, ...]]] = {}
+        for node, shape in self.shapes_at(image_shape).items():
+            node.meta["shape"] = shape
         widths = {name: conv.out_channels for name, conv in subnet_convs(model).items()}
         self._follow_all(model, graph, widths, tied_to={name: name for name in widths})
         if residual_masks == "tied":
@@ -235,6 +236,33 @@ class ChannelGraph:
         if not self.spaces[self.ops[-1].space].full:
             raise ValueError("the output of the network itself would be masked; leave its last layer unmasked")
         self.vital_groups = self._find_vital_groups()
+
+    def shapes_at(self, image_shape: tuple[int, ...]) -> dict[fx.Node, tuple[int, ...]]:
+        """The shapes of all results for one image, channels first, of the full network; found once for each size.
+
+        Raises: ValueError for images that the network cannot read.
+        """
+        if image_shape not in self._shapes:
+            recorder = _ShapeRecorder(fx.GraphModule(self._skeleton, self._traced))
+            try:
+                recorder.run(torch.empty((2, *image_shape), dtype=torch.float32, device="meta"))
+            except RuntimeError as error:  # torch's own words for shapes that do not fit
+                reason = str(error).splitlines()[0]
+                channels, *sides = image_shape
+                what = f"{channels} channels and {'x'.join(map(str, sides))} pixels"
+                raise ValueError(f"the network cannot read images of {what}: {reason}") from error
+            self._shapes[image_shape] = recorder.shapes
+        return self._shapes[image_shape]
+
+    def __deepcopy__(self, memo: dict) -> ChannelGraph:
+        """The same graph of the copied modules. Its fx nodes, of which nothing changes, are those of this graph.
+
+        They are linked in a chain, and to copy that would exceed the recursion limit in a deep network.
+        """
+        memo |= {id(op.node): op.node for op in self.ops}
+        other = memo[id(self)] = copy.copy(self)  # of one network, so what is known of its shapes is shared
+        other.ops = [replace(op, module=copy.deepcopy(op.module, memo)) for op in self.ops]
+        return other
 
     def _follow_all(self, model: nn.Module, graph: fx.Graph, widths: dict[str, int], tied_to: dict[str, str]) -> None:
         """Lays out the units, layers that are tied to another one on its units, and follows them through the graph."""
@@ -328,6 +356,11 @@ class ChannelGraph:
         )
         widths = {first: segment.width for s in spaces for segment in s.segments for first in segment.writers}
         return [np.concatenate([np.arange(first, first + widths[first]) for first in sorted(cut)]) for cut in cuts]
+
+    def where(self, op: Op) -> str:
+        """An operation in words."""
+        module = "" if op.module is None else f" ({kind_of(op.module)})"
+        return f"module {op.node.target}{module}" if module else op.node.name
 
     def columns_per_channel(self, op: Op) -> int:
         """How many columns of a linear layer read one channel: more than one behind a flatten of a map."""

@@ -11,8 +11,11 @@ from utils.channels.capacity import FixedShapes, capacities_for, stored_runs
 from utils.channels.compact import CompactForward
 from utils.channels.cost import ExpectedCost
 from utils.channels.graph import ChannelGraph, Op
+from utils.channels.hooks import check_no_hooks, check_own_layers
 from utils.channels.masked import maskable_ops, masks_set
 from utils.channels.plan import Plan, make_plan, on_device, preferred_multiple
+from utils.channels.python_state import python_state_kept
+from utils.channels.self_check import check_conversion
 from utils.channels.slots import SPREADING
 from utils.conv_type import VRPGE, subnet_convs
 
@@ -29,6 +32,9 @@ class SparseNetwork:
         residual_masks: "free" or "tied", see `ChannelGraph`.
         precision: "fp32", or "bf16" for autocast.
         multiple: what kept channel counts are padded to in compact execution; None: what suits the device.
+        self_check: try out on a copy whether the network computes what its plain form computes, see
+            `utils/channels/self_check.py`. It can be left out for a network that is known to.
+    Raises: ValueError for a network that cannot be followed, or does not pass the check.
 
     Attributes:
         stored_units: (U,) bool: units whose parameters still exist; all of them until the network shrinks.
@@ -45,11 +51,17 @@ class SparseNetwork:
         residual_masks: str = "free",
         precision: str = "fp32",
         multiple: int | None = None,
+        self_check: bool = True,
     ) -> None:
         self.model = model
+        self.image_shape = tuple(image_shape)
         self.execution = execution
         self.precision = precision
-        self.graph = ChannelGraph(model, image_shape, residual_masks)
+        check_no_hooks(model)
+        with python_state_kept(model):
+            self.graph = ChannelGraph(model, image_shape, residual_masks)
+        kinds = ("conv", "depthwise", "norm", "linear")
+        check_own_layers(model, [op.module for op in self.graph.ops if op.kind in kinds])
         self.layers = subnet_convs(model)
         self._no_scores = nn.Parameter(torch.empty(0), requires_grad=False)
         self._join_scores()
@@ -63,6 +75,9 @@ class SparseNetwork:
         self.dense_plan = self.plan(self.stored_units)
         self.dense_macs = sum(self.graph.layer_macs(self.dense_plan.counts).values())
         self.dense_parameters = sum(self.graph.layer_parameters(self.dense_plan.counts).values())
+        self._sizes = {self.image_shape}  # of images that it may be given
+        if self_check and self.num_units:
+            check_conversion(self, image_shape)
 
     def _join_scores(self) -> None:
         """Gives all layers one parameter with the scores of all units. One that they have already stays."""
@@ -180,16 +195,33 @@ class SparseNetwork:
         Args:
             images: (B, C, H, W).
             update_statistics: whether a pass in training mode moves the running statistics of live channels.
+        Raises: ValueError for images that the network cannot read.
         """
+        if self.num_units and tuple(images.shape[1:]) not in self._sizes:
+            self._admit(tuple(images.shape))
         with self.autocast():
             if self.num_units == 0:
-                logits = self.model(images)
+                logits = self.whole(images)
             elif self.execution == "compact":
                 logits = self._compact(images, plan, update_statistics)
             else:
                 with masks_set(self._masks_of(plan), update_statistics):
-                    logits = self.model(images)
+                    logits = self.whole(images)
         return logits.float() if self.precision == "bf16" else logits
+
+    def _admit(self, shape: tuple[int, ...]) -> None:
+        """Looks at the first images of another size than the network was converted for."""
+        channels = self.image_shape[0]
+        if len(shape) != 4 or shape[1] != channels:
+            raise ValueError(f"images have the shape (batch, {channels} channels, height, width), got {shape}")
+        self.graph.shapes_at(shape[1:])
+        if self.stored_units.all():
+            check_conversion(self, shape[1:], any_size=False)
+        self._sizes.add(shape[1:])
+
+    def whole(self, images: Tensor) -> Tensor:
+        """Logits of the whole network, run as the user wrote it."""
+        return self.model(images)
 
     def autocast(self) -> torch.autocast:
         """Context in which layers compute in the precision of the network."""
