@@ -9,7 +9,8 @@ that were set from outside. `utils/channels/compact.py` computes the same number
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, SupportsFloat
 
 import torch
 import torch.nn.functional as F
@@ -97,16 +98,19 @@ class VRPGE(SubnetConv):
     def from_conv2d(cls, conv: nn.Conv2d, score_init: float) -> VRPGE:
         """Turns `conv` into a VRPGE layer in place (same weight tensor, same name in its network).
 
-        Raises: ValueError for a subclass of `nn.Conv2d`, whose own forward would be lost.
+        Raises: ValueError for a layer that cannot have scores.
         """
-        if type(conv) not in (nn.Conv2d, PlainConv):
-            raise ValueError(f"cannot mask a {type(conv).__name__}: only plain nn.Conv2d layers can get scores")
-        if conv.groups != 1:
-            raise ValueError("cannot mask a grouped convolution: a depthwise one follows the channels that it filters")
+        if reason := why_unmaskable(conv):
+            raise ValueError(f"cannot mask a {kind_of(conv)}: {reason}")
         conv.__class__ = cls
         scores = torch.full((conv.out_channels,), float(score_init), device=conv.weight.device)
         conv.share_scores(nn.Parameter(scores, requires_grad=False), first_unit=0)
         return conv
+
+    def unmask(self) -> None:
+        """Makes this an ordinary convolution again."""
+        del self.shared_scores, self.units
+        self.__class__ = PlainConv
 
     def share_scores(self, scores_U: nn.Parameter, first_unit: int) -> None:
         """From now on the scores of this layer are those of its units in `scores_U`."""
@@ -155,6 +159,19 @@ class SubnetBatchNorm(nn.BatchNorm2d):
         return y if live is None else y * live.view(-1, 1, 1)
 
 
+def why_unmaskable(module: nn.Module) -> str | None:
+    """Why a module cannot get scores; None if it can."""
+    if isinstance(module, VRPGE):
+        return "it has scores already; start from a fresh network"
+    if type(module) not in (nn.Conv2d, PlainConv):
+        return "only plain nn.Conv2d layers can get scores"
+    if is_depthwise(module):
+        return "it is depthwise, and a depthwise one follows the channels that it filters"
+    if module.groups != 1:
+        return "it is a grouped convolution"
+    return None
+
+
 def sparsify(model: nn.Module, maskable: Iterable[str] | None = None, score_init: float = 0.5) -> nn.Module:
     """Makes convolutions of a plain network maskable, and what follows them aware of live channels.
 
@@ -163,17 +180,33 @@ def sparsify(model: nn.Module, maskable: Iterable[str] | None = None, score_init
         maskable: names of its `nn.Conv2d` modules that get scores; None: all that mix channels, the depthwise ones
             follow.
         score_init: start value of every score, in (0, 1].
-    Raises: ValueError where there is nothing to mask, or for a layer that cannot be.
+    Raises: ValueError where there is nothing to mask, or for a layer that cannot be. The model is then as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a network (nn.Module), got {type(model).__name__}")
+    if isinstance(score_init, bool | str) or not isinstance(score_init, SupportsFloat) or not 0 < score_init <= 1:
+        raise ValueError(f"score_init is a probability in (0, 1], got {score_init!r}")
+    modules = dict(model.named_modules())
     if maskable is None:
-        convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        convs = {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d)}
         maskable = [name for name, conv in convs.items() if not is_depthwise(conv)]
-    names = list(maskable)
+    elif isinstance(maskable, str):
+        raise ValueError(f"maskable is a list of names, got the text {maskable!r}; write [{maskable!r}]")
+    names = list(dict.fromkeys(maskable))
     if not names:
         raise ValueError("no layer is left to mask; leave first_layer_dense / last_layer_dense off")
     for name in names:
-        VRPGE.from_conv2d(model.get_submodule(name), score_init)
-    for module in model.modules():
+        if name not in modules:
+            close = get_close_matches(str(name), modules, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"maskable names {name!r}, and {type(model).__name__} has no such module{hint}")
+        if reason := why_unmaskable(modules[name]):
+            raise ValueError(
+                f"cannot mask module {name} ({kind_of(modules[name])}): {reason}; leave it out of maskable"
+            )
+    for name in names:
+        VRPGE.from_conv2d(modules[name], score_init)
+    for module in modules.values():
         if type(module) in (nn.Conv2d, PlainConv):
             module.__class__ = SubnetConv if is_depthwise(module) else PlainConv
         if type(module) is nn.BatchNorm2d:

@@ -15,6 +15,7 @@ from utils.channels.cost import ExpectedCost, constant_score
 from utils.channels.network import SparseNetwork
 from utils.channels.subnet import best_within_budget, best_within_cost
 
+BUDGET_UNITS = ("channels", "params", "flops")
 TIGHT = 0.999  # of a budget: as good as spent
 
 
@@ -32,6 +33,8 @@ class Budget:
     def __init__(
         self, network: SparseNetwork, unit: str = "channels", by_layer: bool = False, spend: bool = False
     ) -> None:
+        if unit not in BUDGET_UNITS:
+            raise ValueError(f"the unit of a budget is one of {', '.join(BUDGET_UNITS)}, got {unit!r}")
         if by_layer and unit != "channels":
             raise ValueError(f"a budget by layer counts channels, got {unit!r}")
         self.network, self.unit, self.spend = network, unit, spend
@@ -44,6 +47,8 @@ class Budget:
 
     def project_(self, keep_ratio: float) -> Tensor:
         """Puts the scores back into the box [0, 1] and the budget. Returns v, the largest of several (0-d)."""
+        if not 0 < keep_ratio <= 1:
+            raise ValueError(f"keep_ratio is a fraction in (0, 1], got {keep_ratio!r}")
         scores_U, cost = self.network.scores.data, self.cost
         if cost is not None:
             projected_U, v = project_onto_cost(scores_U, cost, keep_ratio * cost.dense, self.spend)

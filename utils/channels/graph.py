@@ -176,6 +176,15 @@ class _ShapeRecorder(fx.Interpreter):
         return result
 
 
+def _names_that_reach_the_output(graph: fx.Graph) -> set[str]:
+    """The modules that run, and whose results the logits are computed from."""
+    reached: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or any(reader in reached for reader in node.users):
+            reached.add(node)
+    return {str(node.target) for node in reached if node.op == "call_module"}
+
+
 def columns_of(channels: torch.Tensor, per_channel: int) -> torch.Tensor:
     """The columns of a weight that read some channels: behind a flatten, a channel is a run of columns.
 
@@ -215,7 +224,8 @@ class ChannelGraph:
     Attributes:
         ops: in the order of the forward pass.
         spaces: all distinct spaces.
-        first_unit: of each maskable layer by name; unit i of the flat vector is channel i - first_unit.
+        first_unit: of each maskable layer that the logits depend on, by name; unit i of the flat vector is channel
+            i - first_unit.
         num_units: U.
         vital_groups: index arrays; if no unit of such a group is kept, nothing gets from input to output.
     """
@@ -229,7 +239,8 @@ class ChannelGraph:
         self._shapes: dict[tuple[int, ...], dict[fx.Node, tuple[int, ...]]] = {}
         for node, shape in self.shapes_at(image_shape).items():
             node.meta["shape"] = shape
-        widths = {name: conv.out_channels for name, conv in subnet_convs(model).items()}
+        used = _names_that_reach_the_output(graph)
+        widths = {name: conv.out_channels for name, conv in subnet_convs(model).items() if name in used}
         self._follow_all(model, graph, widths, tied_to={name: name for name in widths})
         if residual_masks == "tied":
             self._follow_all(model, graph, widths, self._writers_of_one_stream())
@@ -325,7 +336,7 @@ class ChannelGraph:
         space = self.ops[inputs[0]].space if inputs else -1
         if node.op == "output":
             return "output", space
-        if isinstance(module, VRPGE):
+        if isinstance(module, VRPGE) and node.target in self.first_unit:
             return "conv", self._space(Segment(module.out_channels, frozenset({self.first_unit[str(node.target)]})))
         if isinstance(module, nn.Conv2d) and is_depthwise(module):
             return "depthwise", space

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from utils.channels.python_state import python_state_kept
 from utils.channels.self_check import check_conversion
 from utils.channels.slots import SPREADING
 from utils.conv_type import VRPGE, subnet_convs
+
+EXECUTIONS, RESIDUAL_MASKS, PRECISIONS = ("compact", "masked", "released"), ("free", "tied"), ("fp32", "bf16")
 
 
 class SparseNetwork:
@@ -53,6 +57,7 @@ class SparseNetwork:
         multiple: int | None = None,
         self_check: bool = True,
     ) -> None:
+        _check_arguments(model, image_shape, execution, residual_masks, precision, multiple)
         self.model = model
         self.image_shape = tuple(image_shape)
         self.execution = execution
@@ -62,6 +67,9 @@ class SparseNetwork:
             self.graph = ChannelGraph(model, image_shape, residual_masks)
         kinds = ("conv", "depthwise", "norm", "linear")
         check_own_layers(model, [op.module for op in self.graph.ops if op.kind in kinds])
+        for name, layer in subnet_convs(model).items():
+            if name not in self.graph.first_unit:  # it never runs, or for nothing, so a budget must not count its units
+                layer.unmask()
         self.layers = subnet_convs(model)
         self._no_scores = nn.Parameter(torch.empty(0), requires_grad=False)
         self._join_scores()
@@ -182,6 +190,9 @@ class SparseNetwork:
             self.shapes = FixedShapes(self.graph, self.stored, capacities, self.spreading)
 
     def _guarded(self, mask_U: np.ndarray) -> np.ndarray:
+        if not isinstance(mask_U, np.ndarray) or mask_U.dtype != bool or mask_U.shape != (self.num_units,):
+            found = f"{mask_U.dtype} {tuple(mask_U.shape)}" if hasattr(mask_U, "dtype") else type(mask_U).__name__
+            raise ValueError(f"a mask is a numpy array of {self.num_units} bool, one for each unit, got {found}")
         mask_U = keep_one_unit(mask_U, self.scores, self.vital_groups)
         assert not (mask_U & ~self.stored_units).any(), "a mask keeps units that have left the parameters"
         return mask_U
@@ -265,3 +276,34 @@ class SparseNetwork:
 
     def batch_norms(self) -> dict[str, nn.BatchNorm2d]:
         return {name: m for name, m in self.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+
+
+def _check_arguments(
+    model: nn.Module,
+    image_shape: Sequence[int],
+    execution: str,
+    residual_masks: str,
+    precision: str,
+    multiple: int | None,
+) -> None:
+    """Raises ValueError, with its name, for an argument of `SparseNetwork` that is none."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a network (nn.Module), got {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"the network {type(model).__name__} has no parameters, so there is nothing to train")
+    shape = image_shape if isinstance(image_shape, Sequence) else ()
+    if len(shape) != 3 or not all(_is_count(side) for side in shape):
+        raise ValueError(f"image_shape is (channels, height, width), each at least 1, got {image_shape!r}")
+    for name, value, choices in (
+        ("execution", execution, EXECUTIONS),
+        ("residual_masks", residual_masks, RESIDUAL_MASKS),
+        ("precision", precision, PRECISIONS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} is one of {', '.join(choices)}, got {value!r}")
+    if multiple is not None and not _is_count(multiple):
+        raise ValueError(f"multiple is a whole number of channels, at least 1, or None, got {multiple!r}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +32,7 @@ FEW, MORE = 3, 8  # images of a pass; more where maps shrink to one pixel, of wh
 SMALL_SIZES = (8, 16, 32, 64)  # pixels of the shorter side; the first one that the network can read
 LARGE = 2e8  # multiply-adds of a pass above which float64 takes too long
 TOLERANCES = {torch.float64: (1e-6, 1e-4), torch.float32: (1e-2, 1e-2)}  # relative error; what is 0 beside the largest
+TORCH = str(Path(torch.__file__).parent / "_")[:-1]  # the folder, with the separator behind it
 SELDOM = "; a forward must not depend on self.training, nor on anything else but its images"
 MODES = {True: "training", False: "evaluation"}
 
@@ -86,7 +88,7 @@ def check_conversion(network: Network, image_shape: tuple[int, int, int], any_si
             reason = str(error)
         except _Unreadable as error:
             if shape == image_shape:
-                raise _refused(network, f"it fails on images of shape {shape}: {error}") from error
+                raise _refused(network, f"it fails on images of shape {shape} itself, {error}") from error
     raise _refused(network, reason)
 
 
@@ -249,7 +251,8 @@ class _Trial:
         try:
             outcome = self._outcome(self._plain)
         except Exception as error:
-            raise _Unreadable(_words(error)) from error
+            mode = MODES[self.model.training]
+            raise _Unreadable(f"in {mode} mode, {self._place_of(error)}{_words(error)}") from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -259,6 +262,16 @@ class _Trial:
                 "and pass precision='bf16' instead"
             )
         return outcome
+
+    def _place_of(self, error: Exception) -> str:
+        """The module of the network in whose forward an exception came, with the source line."""
+        place, trace = "", error.__traceback__
+        while trace is not None:
+            module, code = trace.tb_frame.f_locals.get("self"), trace.tb_frame.f_code
+            if isinstance(module, nn.Module) and self.names.get(module) and not code.co_filename.startswith(TORCH):
+                place = f"in module {self.names[module]} ({Path(code.co_filename).name}:{trace.tb_lineno}): "
+            trace = trace.tb_next
+        return place
 
     def _outcome(self, run: Pass) -> _Outcome:
         """The logits, and the running statistics and gradients that a pass leaves. Evaluation has no gradients."""
