@@ -184,6 +184,10 @@ ATTACHED: dict[str, tuple[Callable[[Net], object], str]] = {
         lambda net: setattr(net, "forward", types.MethodType(plain, net)),
         r"the network \(Net\) has a forward of its own",
     ),
+    "weight of another layer": (
+        lambda net: setattr(net.other, "weight", net.norm.weight),
+        r"module other \(BatchNorm2d\) shares its weight with module norm, so neither can lose channels",
+    ),
     "no weights yet": (lambda net: setattr(net, "fc", nn.LazyLinear(10)), r"module fc .* has no weights yet"),
 }
 

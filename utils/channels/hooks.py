@@ -57,6 +57,7 @@ def check_own_layers(model: nn.Module, computed: Iterable[nn.Module]) -> None:
         computed: the layers that are computed without being called.
     """
     names = {module: name for name, module in model.named_modules()}
+    owners: dict[nn.Parameter, nn.Module] = {}
     for module in dict.fromkeys([model, *computed]):
         name = names.get(module)
         what = f"module {name} ({kind_of(module)})" if name else f"the network ({kind_of(module)})"
@@ -72,6 +73,13 @@ def check_own_layers(model: nn.Module, computed: Iterable[nn.Module]) -> None:
                 f"{what} has a {replaced[0]} of its own, set on the instance, which would not run; "
                 "write a class for it, whose forward calls torch's layers"
             )
+        for own, parameter in module.named_parameters(recurse=False) if module is not model else ():
+            other = owners.setdefault(parameter, module)
+            if other is not module and own != "shared_scores":
+                raise ValueError(
+                    f"{what} shares its {own} with module {names[other]}, so neither can lose channels by itself; "
+                    "run one module in both places, or give each a parameter of its own"
+                )
         for own in ("weight", "bias"):
             tensor = getattr(module, own, None)
             if tensor is not None and module is not model and not isinstance(tensor, nn.Parameter):

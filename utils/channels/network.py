@@ -73,14 +73,13 @@ class SparseNetwork:
         self.layers = subnet_convs(model)
         self._no_scores = nn.Parameter(torch.empty(0), requires_grad=False)
         self._join_scores()
-        self.device = next(model.parameters()).device
         self.multiple = preferred_multiple(self.device) if multiple is None else multiple
         self.stored_units = np.ones(self.num_units, dtype=bool)
         self.stored = [np.ones(space.width, dtype=bool) for space in self.graph.spaces]
         self.shapes: FixedShapes | None = None
         self._compact = CompactForward(self.graph)
         self._costs: dict[str, ExpectedCost] = {}
-        self.dense_plan = self.plan(self.stored_units)
+        self._dense_plan = self.plan(self.stored_units)
         self.dense_macs = sum(self.graph.layer_macs(self.dense_plan.counts).values())
         self.dense_parameters = sum(self.graph.layer_parameters(self.dense_plan.counts).values())
         self._sizes = {self.image_shape}  # of images that it may be given
@@ -107,6 +106,18 @@ class SparseNetwork:
     def scores(self) -> nn.Parameter:
         """(U,) of all units, the parameter that the layers share, see `VRPGE`; empty without maskable layers."""
         return next((layer.shared_scores for layer in self.layers.values()), self._no_scores)
+
+    @property
+    def device(self) -> torch.device:
+        """That of the model now."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dense_plan(self) -> Plan:
+        """The plan that keeps all units."""
+        if self._dense_plan.norms.device != self.device:
+            self._dense_plan = self._dense_plan.with_lists([one.to(self.device) for one in self._dense_plan.lists()])
+        return self._dense_plan
 
     @property
     def num_units(self) -> int:

@@ -5,6 +5,7 @@ Legend: U units.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ class NormBehind:
     Attributes:
         space: of the graph, the one that `module` normalises.
         first_channel: where the layer's channels begin there.
-        alone: whether no other layer writes into these channels.
+        alone: whether no other layer writes into these channels, and `module` runs once.
     """
 
     module: nn.BatchNorm2d
@@ -38,6 +39,7 @@ class NormBehind:
 def norms_behind(network: SparseNetwork) -> dict[str, NormBehind]:
     """By name of the maskable layer; one whose channels no batch-norm reads is left out."""
     norms, graph = {}, network.graph
+    runs = Counter(op.module for op in graph.ops if op.kind == "norm")
     for name, layer in network.layers.items():
         first_unit, reached = graph.first_unit[name], []
         for op in graph.ops:
@@ -47,7 +49,8 @@ def norms_behind(network: SparseNetwork) -> dict[str, NormBehind]:
                 segments = graph.spaces[op.space].segments
                 place = [first_unit in segment.writers for segment in segments].index(True)
                 first_channel = sum(segment.width for segment in segments[:place])
-                norms[name] = NormBehind(op.module, op.space, first_channel, segments[place].writers == {first_unit})
+                alone = segments[place].writers == {first_unit} and runs[op.module] == 1
+                norms[name] = NormBehind(op.module, op.space, first_channel, alone)
                 break
     return norms
 

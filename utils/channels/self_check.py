@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.channels.compact import CompactForward
+from utils.channels.differences import first_difference, names_of, place_of_error, words_of
 from utils.channels.graph import ChannelGraph
 from utils.channels.plan import Plan
 from utils.channels.python_state import Values, changed_value, python_values, random_numbers_kept
@@ -32,8 +31,6 @@ FEW, MORE = 3, 8  # images of a pass; more where maps shrink to one pixel, of wh
 SMALL_SIZES = (8, 16, 32, 64)  # pixels of the shorter side; the first one that the network can read
 LARGE = 2e8  # multiply-adds of a pass above which float64 takes too long
 TOLERANCES = {torch.float64: (1e-6, 1e-4), torch.float32: (1e-2, 1e-2)}  # relative error; what is 0 beside the largest
-TORCH = str(Path(torch.__file__).parent / "_")[:-1]  # the folder, with the separator behind it
-SELDOM = "; a forward must not depend on self.training, nor on anything else but its images"
 MODES = {True: "training", False: "evaluation"}
 
 Pass = Callable[[Tensor], Tensor]
@@ -162,7 +159,7 @@ class _Trial:
         try:
             self.network = copy.deepcopy(network)
         except Exception as error:
-            raise _refused(network, f"it cannot be copied: {_words(error)}") from error
+            raise _refused(network, f"it cannot be copied: {words_of(error)}") from error
         self.network.precision, self.dtype = "fp32", dtype
         self.network._sizes.add(image_shape)
         self.model, self.graph = self.network.model.to(dtype), self.network.graph
@@ -172,8 +169,6 @@ class _Trial:
         self.weights: Tensor | None = None
         self._fill()
         self.buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        self.runs = Counter(op.module for op in self.graph.ops if op.node.op == "call_module")
-        self.names = {module: name or type(module).__name__ for name, module in self.model.named_modules()}
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.draw, dtype=self.dtype).to(self.device)
@@ -247,31 +242,24 @@ class _Trial:
             if torch.is_autocast_enabled(self.device.type):
                 inside.append(module)
 
-        handles = [module.register_forward_pre_hook(watch) for module in self.runs]
+        called = {op.module for op in self.graph.ops if op.node.op == "call_module"}
+        handles = [module.register_forward_pre_hook(watch) for module in called]
         try:
             outcome = self._outcome(self._plain)
         except Exception as error:
             mode = MODES[self.model.training]
-            raise _Unreadable(f"in {mode} mode, {self._place_of(error)}{_words(error)}") from error
+            raise _Unreadable(f"in {mode} mode, {place_of_error(error, self.model)}{words_of(error)}") from error
         finally:
             for handle in handles:
                 handle.remove()
+        if not all(tensor.isfinite().all() for tensor in outcome.tensors.values()):
+            raise _Unreadable(f"in {MODES[self.model.training]} mode, results or gradients are not finite")
         if inside:
             raise _Difference(
-                f"module {self.names[inside[0]]} runs under an autocast of the network's own; remove it, "
+                f"module {names_of(self.model)[inside[0]]} runs under an autocast of the network's own; remove it, "
                 "and pass precision='bf16' instead"
             )
         return outcome
-
-    def _place_of(self, error: Exception) -> str:
-        """The module of the network in whose forward an exception came, with the source line."""
-        place, trace = "", error.__traceback__
-        while trace is not None:
-            module, code = trace.tb_frame.f_locals.get("self"), trace.tb_frame.f_code
-            if isinstance(module, nn.Module) and self.names.get(module) and not code.co_filename.startswith(TORCH):
-                place = f"in module {self.names[module]} ({Path(code.co_filename).name}:{trace.tb_lineno}): "
-            trace = trace.tb_next
-        return place
 
     def _outcome(self, run: Pass) -> _Outcome:
         """The logits, and the running statistics and gradients that a pass leaves. Evaluation has no gradients."""
@@ -305,7 +293,7 @@ class _Trial:
         try:
             got = self._outcome(partial(self._executed, "compact", plan))
         except Exception as error:
-            raise _Difference(f"{mode}, its compact execution fails: {_words(error)}") from error
+            raise _Difference(f"{mode}, its compact execution fails: {words_of(error)}") from error
         relative, least = TOLERANCES[self.dtype]
         norms = {name: tensor.norm().item() for name, tensor in expected.tensors.items()}
         largest = max((norm for name, norm in norms.items() if "gradient" in name), default=0.0)
@@ -324,54 +312,10 @@ class _Trial:
             raise _Difference(f"{mode}, {name} differs from what the plain network computes{place}")
 
     def _first_place(self, run: Pass, plan: Plan) -> str:
-        """Where two executions part, as the end of a sentence."""
-        results: dict[nn.Module, list[Any]] = {}
-        computed: dict[Any, Any] = {}
-        compact, original = self.network._compact, self.network._compact._run
-
-        def watched_run(op: Any, *rest: Any) -> Any:
-            result = computed[op.node] = original(op, *rest)
-            computed[op.node] = result.detach().clone() if isinstance(result, Tensor) else None
-            return result
-
-        def watch(module: nn.Module, _: Any, result: Any) -> None:
-            results.setdefault(module, []).append(result.detach().clone() if isinstance(result, Tensor) else None)
-
-        childless = [module for module in self.model.modules() if not list(module.children())]
-        handles = [module.register_forward_hook(watch) for module in {*childless, *self.runs}]
-        compact._run = watched_run
-        try:
-            run(self.images.clone())
-            self._executed("compact", plan, self.images.clone())
-        finally:
-            del compact._run
-            for handle in handles:
-                handle.remove()
-        native = {m for op in self.graph.ops if op.module is not None for m in op.module.modules()}
-        for module in results:
-            if module not in native:
-                return f": module {self.names[module]} runs, which did not run when the network was traced{SELDOM}"
-        for module, count in self.runs.items():
-            if len(results.get(module, [])) != count:
-                times = f"runs {len(results[module])} times" if module in results else "does not run"
-                ran = f"{count} times" if count > 1 else "once"
-                return f": module {self.names[module]} {times}, and ran {ran} when the network was traced{SELDOM}"
-        for op in self.graph.ops:
-            if op.node.op != "call_module":
-                continue
-            wanted, found = results[op.module].pop(0), computed[op.node]
-            if wanted is None or found is None or wanted.dim() < 2:
-                continue
-            live = torch.from_numpy(plan.live[op.space]).to(self.device)
-            if wanted.shape[1] != len(live):
-                continue
-            wanted, found = wanted[:, live], found[:, : int(live.sum())]
-            if wanted.shape != found.shape or (wanted - found).abs().max() > 1e-6 * wanted.abs().max():
-                return f", first behind {self.graph.where(op)}"
-        return ""
-
-
-def _words(error: Exception) -> str:
-    """The first sentence of an exception, without the address of any object."""
-    first = (str(error).strip().splitlines() or [""])[0].split(" at 0x")[0]
-    return first.rstrip(".") or type(error).__name__
+        return first_difference(
+            self.model,
+            self.network._compact,
+            plan,
+            lambda: run(self.images.clone()),
+            lambda: self._executed("compact", plan, self.images.clone()),
+        )
