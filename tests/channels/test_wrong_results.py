@@ -17,7 +17,7 @@ from models.resnet_cifar import BasicBlock
 from tests.toy import batch, one_thread, randomise  # noqa: F401
 from utils.channels.network import SparseNetwork
 from utils.channels.subnet import estimate_statistics
-from utils.conv_type import sparsify
+from utils.conv_type import PlainConv, conv2d, sparsify
 
 SHAPE = (3, 8, 8)
 
@@ -74,6 +74,9 @@ def test_a_layer_behind_two_convolutions_has_the_mask_of_each(kind, execution):
 
 
 def test_images_of_another_number_of_channels_make_no_groups():
+    conv = PlainConv(1, 6, 5)
+    with pytest.raises(RuntimeError, match="to have 1 channels, but got 3"):
+        conv2d(conv, torch.zeros(2, 3, 8, 8), conv.weight, conv.bias)
     grey = nn.Sequential(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
     with pytest.raises(ValueError, match="channel"):
         SparseNetwork(sparsify(grey), SHAPE)
