@@ -328,7 +328,7 @@ def sparse_network(
     key = (type(net), repr(net), net.training, next(net.parameters()).dtype, arguments)  # repr: every module's options
     if key not in BUILT:
         BUILT[key] = build_network(net, layers, execution, score_init, image_shape, device, options)
-    network = copy_of(BUILT[key])
+    network = copy.deepcopy(BUILT[key])
     own = network.model.state_dict(keep_vars=True)
     for name, tensor in net.state_dict().items():
         own[name].data = tensor.to(device, copy=True)  # with its layout in memory
@@ -336,13 +336,6 @@ def sparse_network(
 
 
 BUILT: dict[tuple, SparseNetwork] = {}  # a copy takes a seventh of the time that tracing does
-
-
-def copy_of(network: SparseNetwork) -> SparseNetwork:
-    """An independent network; the scores of its layers are views of its flat vector, as those of the first one."""
-    copied = copy.deepcopy(network)
-    copied.scores = copied._flatten_scores()
-    return copied
 
 
 def build_network(

@@ -249,7 +249,7 @@ REFUSED = {
     "addition in place to a tensor that is read again": "add_: it changes a tensor in place that is read elsewhere too",
     "circular padding": "its padding_mode is 'circular', only 'zeros' is known",
     "a derived batch-norm": "it is a batch-norm of its own kind",
-    "a derived convolution": "cannot mask a OwnConv: only plain nn.Conv2d layers can get scores",
+    "a derived convolution": "cannot mask module own (OwnConv): only plain nn.Conv2d layers can get scores",
     "batch-norm without scale and shift": "it needs scale and shift, running statistics and a momentum",
     "batch-norm without running statistics": "it needs scale and shift, running statistics and a momentum",
     "batch-norm with a cumulative average": "it needs scale and shift, running statistics and a momentum",
