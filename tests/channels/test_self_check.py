@@ -310,11 +310,11 @@ class Joined(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 6, 1), nn.Conv2d(12, 4, 3, padding=1)
-        self.d, self.fc = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 10)
+        self.d, self.e, self.fc = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Linear(4, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c(torch.cat([self.a(x), self.b(x)], 1))
-        return self.fc((x + self.d(F.relu(x))).mean((2, 3)))
+        return self.fc((x + self.e(F.relu(self.d(x)))).mean((2, 3)))
 
 
 def test_images_of_another_size_are_followed():
