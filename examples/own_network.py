@@ -1,8 +1,8 @@
 """Makes a network of your own channel-sparse and trains it: `python -m examples.own_network`.
 
 Two calls prepare any convolutional network. `sparsify` gives every convolution scores, one for each output channel.
-`SparseNetwork` traces how channels flow through additions and concatenations, and refuses by name what it cannot
-follow. The rest is a training loop around `train_step`.
+`SparseNetwork` traces how channels flow through additions and concatenations. It leaves the layers around operations
+that it cannot follow dense, and says which. The rest is a training loop around `train_step`.
 """
 
 from __future__ import annotations

@@ -37,6 +37,11 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
     return 1 < conv.groups == conv.in_channels == conv.out_channels
 
 
+def is_ordinary(norm: nn.BatchNorm2d) -> bool:
+    """Whether a batch-norm has what most have: scale and shift, and running statistics with a momentum."""
+    return norm.affine and norm.track_running_stats and norm.momentum is not None
+
+
 class PlainConv(nn.Conv2d):
     """An ordinary convolution that goes through `conv2d` above."""
 
@@ -169,7 +174,14 @@ def why_unmaskable(module: nn.Module) -> str | None:
         return "it is depthwise, and a depthwise one follows the channels that it filters"
     if module.groups != 1:
         return "it is a grouped convolution"
+    if module.padding_mode != "zeros":
+        return f"its padding_mode is {module.padding_mode!r}, only 'zeros' is known"
     return None
+
+
+def is_maskable(module: nn.Module) -> bool:
+    """Whether a module can get scores."""
+    return why_unmaskable(module) is None
 
 
 def sparsify(model: nn.Module, maskable: Iterable[str] | None = None, score_init: float = 0.5) -> nn.Module:
@@ -177,8 +189,8 @@ def sparsify(model: nn.Module, maskable: Iterable[str] | None = None, score_init
 
     Args:
         model: any network of `nn.Conv2d` and `nn.BatchNorm2d`; changed in place, weights untouched.
-        maskable: names of its `nn.Conv2d` modules that get scores; None: all that mix channels, the depthwise ones
-            follow.
+        maskable: names of its `nn.Conv2d` modules that get scores; None: all plain ones that are not grouped. The
+            depthwise ones follow the channels that they filter.
         score_init: start value of every score, in (0, 1].
     Raises: ValueError where there is nothing to mask, or for a layer that cannot be. The model is then as it was.
     """
@@ -189,7 +201,7 @@ def sparsify(model: nn.Module, maskable: Iterable[str] | None = None, score_init
     modules = dict(model.named_modules())
     if maskable is None:
         convs = {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d)}
-        maskable = [name for name, conv in convs.items() if not is_depthwise(conv)]
+        maskable = [name for name, conv in convs.items() if is_maskable(conv)]
     elif isinstance(maskable, str):
         raise ValueError(f"maskable is a list of names, got the text {maskable!r}; write [{maskable!r}]")
     names = list(dict.fromkeys(maskable))
@@ -207,9 +219,9 @@ def sparsify(model: nn.Module, maskable: Iterable[str] | None = None, score_init
     for name in names:
         VRPGE.from_conv2d(modules[name], score_init)
     for module in modules.values():
-        if type(module) in (nn.Conv2d, PlainConv):
+        if type(module) in (nn.Conv2d, PlainConv) and module.padding_mode == "zeros":
             module.__class__ = SubnetConv if is_depthwise(module) else PlainConv
-        if type(module) is nn.BatchNorm2d:
+        if type(module) is nn.BatchNorm2d and is_ordinary(module):
             module.__class__ = SubnetBatchNorm
     return model
 

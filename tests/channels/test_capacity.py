@@ -30,10 +30,10 @@ from tests.toy import (
 )
 from trainers.default import StepSettings, train_step
 from utils.channels.capacity import SIGMAS, capacities_for, stored_runs
-from utils.channels.graph import Segment
 from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
 from utils.channels.shrink import drop_dead_units, shrink_to
+from utils.channels.spaces import Segment
 
 FAMILIES = [("vgg16", 0.0625), ("resnet20_he", 0.25), ("wrn16_8", 0.05), ("mobilenet_v1", 0.125), ("resnet50", 0.0625)]
 

@@ -168,7 +168,7 @@ def test_maps_that_were_concatenated_at_different_places_are_refused():
             return self.linear(self.mix(both).mean((2, 3)))
 
     with pytest.raises(ValueError, match="were concatenated from different numbers of channels"):
-        sparse_network(Shifted().double(), ["left", "upper", "mix"])
+        sparse_network(Shifted().double(), ["left", "upper", "mix"], strict=True)
 
 
 class RepeatedNet(nn.Module):

@@ -67,6 +67,12 @@ def test_a_norm_that_two_tied_layers_share_is_read_once():
     assert len(places) == len(set(places)) < len(network.layers)
 
 
+def test_a_norm_of_a_stream_that_is_always_whole_belongs_to_no_layer():
+    layers = [name for name in NETWORKS["preactivation"].LAYERS if name != "stem"]
+    names = set(norms_behind(sparse_network(plain_net("preactivation"), layers)))
+    assert names == {"block1.conv1", "block2.conv1", "block3.conv1", "block3.conv2", "block3.shortcut"}
+
+
 @pytest.mark.parametrize("residual_masks", [pytest.param("free", marks=pytest.mark.slow), "tied"])
 def test_gates_of_a_network_that_has_shrunk(residual_masks):
     network = network_of("resnet20_he", 0.25, residual_masks=residual_masks)

@@ -89,16 +89,11 @@ def test_the_plain_network_is_the_one_that_keeps_everything():
         torch.testing.assert_close(network(images, network.dense_plan), plain(images), rtol=1e-9, atol=1e-11)
 
 
-def test_dropout_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"classifier\.0 \(Dropout\).*set its p to 0"):
-        SparseNetwork(sparsify(models.mobilenet_v2(num_classes=10)), IMAGE_SHAPE)
-
-
-def test_a_network_that_cannot_be_followed_is_refused_by_name():
-    with pytest.raises(ValueError, match="channels cannot be followed through"):
-        SparseNetwork(sparsify(models.shufflenet_v2_x0_5(num_classes=10)), IMAGE_SHAPE)
-    with pytest.raises(ValueError, match="grouped convolution"):
-        SparseNetwork(sparsify(models.resnext50_32x4d(num_classes=10), ["conv1"]), IMAGE_SHAPE)
+def test_a_network_that_cannot_be_followed_everywhere_is_refused_by_name_if_that_is_asked():
+    with pytest.raises(
+        ValueError, match=r"followed through module layer1.0.conv2 \(Conv2d\) at models/resnet.py:\d+: .*grouped"
+    ):
+        SparseNetwork(sparsify(models.resnext50_32x4d(num_classes=10)), IMAGE_SHAPE, strict=True)
 
 
 def test_depthwise_convolutions_follow_and_have_no_scores():

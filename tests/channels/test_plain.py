@@ -28,6 +28,7 @@ from tests.toy import (
 from utils.channels.network import SparseNetwork
 from utils.channels.plain import PlainNetwork, plain_network
 from utils.channels.shrink import shrink_to
+from utils.channels.source import identifier
 from utils.channels.subnet import Subnet
 
 # One of each family; the others have more of the same layers.
@@ -286,6 +287,11 @@ def test_batch_norms_that_fold_and_those_that_cannot():
     plain = plain_network(network, subnet, fold_batch_norm=True)
     left = {name.removesuffix(".running_mean") for name in plain.tensors if name.endswith("running_mean")}
     assert left == {"block1_bn1", "block2_bn1", "block3_bn1", "bn"}  # the stream that they read is read elsewhere too
+
+
+def test_names_that_are_no_identifiers():
+    assert identifier("trunk.block1-0.f", set()) == "trunk_block1_0_f"
+    assert identifier("0", {"layer_0"}) == "layer_0_2"
 
 
 def test_the_network_has_tensors_of_its_own():

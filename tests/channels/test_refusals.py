@@ -1,4 +1,4 @@
-"""Operations that the graph refuses by name, and others that it must follow exactly or refuse: never wrongly."""
+"""Operations that a strict graph refuses by name, and others that it must follow exactly or refuse: never wrongly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.toy import (
     sparse_network,
 )
 from utils.channels.graph import ChannelGraph
-from utils.conv_type import sparsify
+from utils.conv_type import is_maskable, sparsify
 
 
 class Chain(nn.Module):
@@ -46,61 +46,60 @@ class Function(nn.Module):
         return self.function(x)
 
 
-REFUSED_MODULES = {
-    "pixel shuffle": (nn.PixelShuffle(2), 1, "middle (PixelShuffle)"),
-    "sigmoid": (nn.Sigmoid(), 4, "middle (Sigmoid)"),
-    "dropout": (nn.Dropout(0.5), 4, "middle (Dropout)"),
-    "per-channel slope": (nn.PReLU(4), 4, "middle (PReLU)"),
-    "group norm": (nn.GroupNorm(2, 4), 4, "middle (GroupNorm)"),
-    "instance norm": (nn.InstanceNorm2d(4), 4, "middle (InstanceNorm2d)"),
-    "transposed conv": (nn.ConvTranspose2d(4, 4, 1), 4, "middle (ConvTranspose2d)"),
-    "grouped conv": (nn.Conv2d(4, 4, 3, padding=1, groups=2), 4, "middle (PlainConv): it is a grouped convolution"),
-    "channel mean": (Function(lambda x: x.mean(1, keepdim=True)), 1, "mean"),
-    "channel mean in a tuple": (Function(lambda x: x.mean((1,), keepdim=True)), 1, "mean"),
-    "channel mean among others": (Function(lambda x: x.mean((1, 2, 3), keepdim=True)), 1, "mean"),
-    "channel mean from the end": (Function(lambda x: x.mean(-3, keepdim=True)), 1, "mean"),
-    "concatenation": (Function(lambda x: torch.cat([x, x], 1)), 8, "cat"),
-    "product": (Function(lambda x: x * x), 4, "mul"),
-    "a constant added": (Function(lambda x: x + 1), 4, "add"),
-    "sum with itself": (Function(lambda x: x + x), 4, "add"),
-    "difference": (Function(lambda x: F.relu(x) - x), 4, "sub"),
-    "permutation": (Function(lambda x: x.permute(0, 2, 1, 3)), 8, "permute"),
-    "slice": (Function(lambda x: x[:, :2]), 2, "getitem"),
-    "view": (Function(lambda x: x.view(len(x), 4, 8, 8)), 4, "len"),
-    "size": (Function(lambda x: x.view(x.size(0), 4, 8, 8)), 4, "size"),
-    "exponential": (Function(torch.exp), 4, "exp"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED_MODULES)
-def test_what_it_cannot_follow_is_refused_by_name(case):
-    middle, channels, named = REFUSED_MODULES[case]
-    model = sparsify(Chain(middle, channels), ["conv1", "conv2"], 0.5)
-    with pytest.raises((ValueError, RuntimeError), match=re.escape(named)) as caught:
-        ChannelGraph(model, IMAGE_SHAPE)
-    assert case == "view" or isinstance(caught.value, ValueError)  # `len` is torch.fx's own refusal
-
-
 class Scaled(nn.Module):
     """A parameter of its own, as in a layer scale."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: Tensor) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
+        self.scale = nn.Parameter(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale
 
 
-def test_a_free_parameter_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"scale"):
-        ChannelGraph(sparsify(Chain(Scaled()), ["conv1", "conv2"], 0.5), IMAGE_SHAPE)
+REFUSED_MODULES = {
+    "pixel shuffle": (nn.PixelShuffle(2), 1, "module middle (PixelShuffle)"),
+    "sigmoid": (nn.Sigmoid(), 4, "module conv2 (Conv2d)"),
+    "per-channel slope": (nn.PReLU(4), 4, "module middle (PReLU)"),
+    "group norm": (nn.GroupNorm(2, 4), 4, "module middle (GroupNorm)"),
+    "instance norm": (nn.InstanceNorm2d(4), 4, "module middle (InstanceNorm2d)"),
+    "transposed conv": (nn.ConvTranspose2d(4, 4, 1), 4, "module middle (ConvTranspose2d)"),
+    "grouped conv": (nn.Conv2d(4, 4, 3, padding=1, groups=2), 4, "module middle (Conv2d)"),
+    "channel mean": (Function(lambda x: x.mean(1, keepdim=True)), 1, "mean in middle"),
+    "channel mean in a tuple": (Function(lambda x: x.mean((1,), keepdim=True)), 1, "mean in middle"),
+    "channel mean among others": (Function(lambda x: x.mean((1, 2, 3), keepdim=True)), 1, "mean in middle"),
+    "channel mean from the end": (Function(lambda x: x.mean(-3, keepdim=True)), 1, "mean in middle"),
+    "mean over the images": (Function(lambda x: x - x.mean(0, keepdim=True)), 4, "mean in middle"),
+    "concatenation": (Function(lambda x: torch.cat([x, x], 1)), 8, "cat in middle"),
+    "a constant added": (Function(lambda x: x + 1), 4, "module conv2 (Conv2d)"),
+    "quotient": (Function(lambda x: F.relu(x) / (x.abs() + 1)), 4, "truediv in middle"),
+    "permutation": (Function(lambda x: x.permute(0, 2, 1, 3)), 8, "permute in middle"),
+    "slice": (Function(lambda x: x[:, :2]), 2, "getitem in middle"),
+    "view across channels": (Function(lambda x: x.view(x.size(0), 2, 8, 16)), 2, "view in middle"),
+    "view of pairs of images": (Function(lambda x: x.view(-1, 8, 8, 8)[:, :4].repeat(2, 1, 1, 1)), 4, "view in middle"),
+    "length": (Function(lambda x: x.view(len(x), 4, 8, 8)), 4, "module middle (Function)"),
+    "exponential": (Function(torch.exp), 4, "module conv2 (Conv2d)"),
+    "a scale per channel": (Scaled(torch.ones(4, 1, 1)), 4, "mul in middle"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_MODULES)
+def test_what_it_cannot_follow_is_refused_by_name_or_left_dense(case):
+    middle, channels, named = REFUSED_MODULES[case]
+    model = sparsify(Chain(middle, channels), ["conv1", "conv2"], 0.5)
+    with pytest.raises(ValueError, match=re.escape(named)) as caught:
+        ChannelGraph(model, IMAGE_SHAPE, strict=True)
+    assert "\n" not in str(caught.value)
+    graph = ChannelGraph(model, IMAGE_SHAPE)
+    assert list(graph.first_unit) == ["conv2"]
+    assert graph.barriers[0].layers == ("conv1",)
+    assert named in graph.barriers[0].where
 
 
 def test_a_masked_output_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ValueError, match="leave its last layer unmasked"):
-        ChannelGraph(sparsify(model, ["0"], 0.5), IMAGE_SHAPE)
+        ChannelGraph(sparsify(model, ["0"], 0.5), IMAGE_SHAPE, strict=True)
 
 
 def test_nothing_to_mask_is_refused():
@@ -124,7 +123,10 @@ class OwnConv(nn.Conv2d):
 
 
 class Net(nn.Module):
-    """Two maskable convs `conv1`, `conv2` (3 -> 4 -> 4, same size) and a head; `forward` is given."""
+    """Two maskable convs `conv1`, `conv2` (3 -> 4 -> 4, same size) and a head; `forward` is given.
+
+    Beside it there is a layer that can always be masked.
+    """
 
     def __init__(self, run, features: int = 4, **modules: nn.Module) -> None:
         super().__init__()
@@ -133,10 +135,11 @@ class Net(nn.Module):
         for name, module in modules.items():
             setattr(self, name, module)
         self.linear = nn.Linear(features, 10)
+        self.side, self.side_linear = nn.Conv2d(3, 2, 1), nn.Linear(2, 10)
         self.run = run
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
+        return self.run(self, x) + self.side_linear(self.side(x).mean((2, 3)))
 
 
 def pooled(net: Net, x: Tensor) -> Tensor:
@@ -246,19 +249,19 @@ EDGES = {
 
 REFUSED = {
     "addition with a factor": "it adds with a factor",
-    "addition in place to a tensor that is read again": "add_: it changes a tensor in place that is read elsewhere too",
+    "addition in place to a tensor that is read again": "it changes a tensor in place that is read elsewhere too",
     "circular padding": "its padding_mode is 'circular', only 'zeros' is known",
     "a derived batch-norm": "it is a batch-norm of its own kind",
-    "a derived convolution": "cannot mask module own (OwnConv): only plain nn.Conv2d layers can get scores",
+    "a derived convolution": "it is a convolution of its own kind",
     "batch-norm without scale and shift": "it needs scale and shift, running statistics and a momentum",
     "batch-norm without running statistics": "it needs scale and shift, running statistics and a momentum",
     "batch-norm with a cumulative average": "it needs scale and shift, running statistics and a momentum",
     "sum of flattened maps": "it adds shapes (256,) and (256,), only maps of one shape are known",
     "sum of a flattened map and a full one": "it adds shapes (256,) and (256,), only maps of one shape are known",
     "linear layer on a map": "it reads a map; flatten it first",
-    "flatten of the pixels alone": "only flatten from dimension 1 to the last is known",
-    "flatten up to a dimension": "only flatten from dimension 1 to the last is known",
-    "mean over the last dimension, which is the channels": "only a mean over the pixels of a map, dim=(2, 3), is known",
+    "flatten of the pixels alone": "it reads a map; flatten it first",
+    "flatten up to a dimension": "it moves channels to another dimension, or takes them apart",
+    "mean over the last dimension, which is the channels": "over the pixels of a map, dim=(2, 3), is known",
     "sum with a map of one channel": "it adds shapes (4, 8, 8) and (1, 8, 8), only maps of one shape are known",
     "sum with a pooled map": "it adds shapes (4, 1, 1) and (4, 8, 8), only maps of one shape are known",
 }
@@ -266,17 +269,19 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_followed_is_refused(case):
-    net = EDGES[case]
-    maskable = [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)]
     with pytest.raises(ValueError, match=re.escape(REFUSED[case])):
-        sparse_network(net, maskable)
+        sparse_network(EDGES[case], maskable_in(EDGES[case]), strict=True)
 
 
-@pytest.mark.parametrize("case", sorted(set(EDGES) - set(REFUSED)))
-def test_followed_exactly(case):
+def maskable_in(net: nn.Module) -> list[str]:
+    return [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and is_maskable(m)]
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_followed_exactly_or_left_dense(case):
     """Full mask: both executions are the plain network. Half mask: they agree."""
     net = randomise(EDGES[case], seed=1).double()
-    maskable = [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)]
+    maskable = maskable_in(net)
     images, _ = batch(4)
     masked, compact = (sparse_network(net, maskable, execution) for execution in ("masked", "compact"))
     net.eval()

@@ -15,9 +15,10 @@ from torch import Tensor
 from trainers.default import StepResult, StepSettings, backward_, batch_sums, clipped_step_
 from trainers.methods.vrpge import ScoreMethod
 from trainers.state import RunState
-from utils.channels.graph import ChannelGraph, Segment
+from utils.channels.graph import ChannelGraph
 from utils.channels.masked import maskable_ops, masks_set
 from utils.channels.network import SparseNetwork
+from utils.channels.spaces import Segment
 from utils.ranks.exchange import averaged, broadcast_scores_
 
 FIRST_TEMPERATURE, LAST_TEMPERATURE = 1.0, 0.03  # released code of ProbMask, main.py, where it falls once an epoch

@@ -15,9 +15,10 @@ from math import ceil
 
 import numpy as np
 
-from utils.channels.graph import ChannelGraph, Segment, Space
+from utils.channels.graph import ChannelGraph
 from utils.channels.plan import Plan, assembled
 from utils.channels.slots import slot_hosts
+from utils.channels.spaces import Segment, Space
 
 SIGMAS = 3.3  # of the number of live channels, above its mean: one draw of a run of channels in 2,000 needs more
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from utils.channels.graph import ChannelGraph, Op, columns_of
 from utils.channels.plan import Plan
 from utils.channels.vectors import NormPass, Norms
+from utils.channels.written import as_written, reshaped
 from utils.conv_type import conv2d
 
 
@@ -157,7 +158,7 @@ class CompactForward:
         norms.finish()
         return results[-1]
 
-    def _run(self, op: Op, operands: list[Tensor | None], images: Tensor, plan: Plan, norms: NormPass) -> Tensor | None:
+    def _run(self, op: Op, operands: list[Any], images: Tensor, plan: Plan, norms: NormPass) -> Any:
         if op.kind == "input":
             return images
         if op.kind == "output":
@@ -170,13 +171,18 @@ class CompactForward:
             return self._linear(op, operands[0], images, plan)
         if op.kind == "concat":
             return self._concat(op, operands, plan)
-        if operands[0] is None:
+        if op.kind == "size":  # of the full tensor
+            source = self.graph.ops[op.inputs[0]].node
+            return as_written(op, [torch.empty((len(images), *self._shapes[source]), device="meta")])
+        if op.kind == "dense":
+            return as_written(op, operands)
+        if any(operand is None for operand in operands):
             return None
         if op.kind == "depthwise":
             return self._depthwise(op, operands[0], plan)
         if op.kind == "norm":
             return norms(op, operands[0])
-        return self._pointwise(op, operands[0])
+        return reshaped(op, operands[0], self._shapes[op.node]) if op.kind == "reshape" else as_written(op, operands)
 
     def _conv(self, op: Op, x: Tensor | None, images: Tensor, plan: Plan) -> Tensor | None:
         conv: nn.Conv2d = op.module
@@ -193,16 +199,18 @@ class CompactForward:
         """A filter per slot; those of slots without a live channel are zero."""
         return conv2d(op.module, x, self._weight(op, plan, None, 1), self._bias(op, plan))
 
-    def _linear(self, op: Op, x: Tensor | None, images: Tensor, plan: Plan) -> Tensor:
-        linear: nn.Linear = op.module
+    def _linear(self, op: Op, x: Tensor | None, images: Tensor, plan: Plan) -> Tensor | None:
+        width, bias = plan.widths[op.space], self._bias(op, plan)
+        if width == 0:
+            return None
         if x is None:
-            zeros = _zeros(images, (linear.out_features,))
-            return zeros if linear.bias is None else zeros + linear.bias.to(zeros.dtype)
+            zeros = _zeros(images, (width,))
+            return zeros if bias is None else zeros + bias.to(zeros.dtype)
         source = self.graph.ops[op.inputs[0]].space
         columns, per_channel = plan.index[source], self.graph.columns_per_channel(op)
         if columns is not None:
             columns = columns_of(columns, per_channel)
-        return F.linear(x, self._weight(op, plan, columns, plan.widths[source] * per_channel), linear.bias)
+        return F.linear(x, self._weight(op, plan, columns, plan.widths[source] * per_channel), bias)
 
     def _weight(self, op: Op, plan: Plan, inputs: Tensor | None, num_columns: int) -> Tensor:
         """The weight of a layer for the slots of a plan.
@@ -217,7 +225,7 @@ class CompactForward:
         return _GatherWeight.apply(weight, outputs, inputs, alive, num_rows, num_columns, self.gradients)
 
     def _bias(self, op: Op, plan: Plan) -> Tensor | None:
-        """The bias of a convolution for the slots of a plan, 0 where there is no live channel."""
+        """The bias of a layer for the slots of a plan, 0 where there is no live channel."""
         bias, index, alive = op.module.bias, plan.index[op.space], plan.alive[op.space]
         if bias is None:
             return None
@@ -227,15 +235,6 @@ class CompactForward:
             bias = bias * alive
         missing = plan.widths[op.space] - len(bias)
         return F.pad(bias, (0, missing)) if missing else bias
-
-    def _pointwise(self, op: Op, x: Tensor) -> Tensor:
-        node = op.node
-        if op.module is not None:
-            return op.module(x)
-        rest = node.args[1:]
-        if node.op == "call_method":
-            return getattr(x, node.target)(*rest, **node.kwargs)
-        return node.target(x, *rest, **node.kwargs)
 
     def _add(self, op: Op, operands: list[Tensor | None], plan: Plan) -> Tensor | None:
         """Joins two sets of channels. Always a new tensor: what it feeds may be changed in place."""

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from utils.channels.graph import ChannelGraph, Segment
+from utils.channels.graph import ChannelGraph
+from utils.channels.spaces import Segment
 
 COUNTS = {"params": ChannelGraph.layer_parameters, "flops": ChannelGraph.layer_macs}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from utils.algorithm.masks import keep_one_unit
 from utils.channels.capacity import FixedShapes, capacities_for, stored_runs
 from utils.channels.compact import CompactForward
 from utils.channels.cost import ExpectedCost
+from utils.channels.coverage import Coverage, bystanders, is_noise, keep_maskable, silenced
 from utils.channels.graph import ChannelGraph, Op
 from utils.channels.hooks import check_no_hooks, check_own_layers
 from utils.channels.masked import maskable_ops, masks_set
@@ -19,6 +21,7 @@ from utils.channels.plan import Plan, make_plan, on_device, preferred_multiple
 from utils.channels.python_state import python_state_kept
 from utils.channels.self_check import check_conversion
 from utils.channels.slots import SPREADING
+from utils.channels.written import buffers_kept, logits_of, without_noise
 from utils.conv_type import VRPGE, subnet_convs
 
 EXECUTIONS, RESIDUAL_MASKS, PRECISIONS = ("compact", "masked", "released"), ("free", "tied"), ("fp32", "bf16")
@@ -36,11 +39,15 @@ class SparseNetwork:
         residual_masks: "free" or "tied", see `ChannelGraph`.
         precision: "fp32", or "bf16" for autocast.
         multiple: what kept channel counts are padded to in compact execution; None: what suits the device.
+        strict: refuse a network through which channels cannot be followed everywhere, instead of leaving the layers
+            around such places dense.
         self_check: try out on a copy whether the network computes what its plain form computes, see
             `utils/channels/self_check.py`. It can be left out for a network that is known to.
-    Raises: ValueError for a network that cannot be followed, or does not pass the check.
+    Raises: ValueError for a network of which nothing is left to mask, that does not pass the check, or that is refused
+        because of `strict`.
 
     Attributes:
+        coverage: how much of the network can be masked, and what is left dense; printed if something is.
         stored_units: (U,) bool: units whose parameters still exist; all of them until the network shrinks.
         stored: the same per space of the graph.
         shapes: what makes the plans of a step have shapes that stay; None: they are as wide as their masks.
@@ -55,6 +62,7 @@ class SparseNetwork:
         residual_masks: str = "free",
         precision: str = "fp32",
         multiple: int | None = None,
+        strict: bool = False,
         self_check: bool = True,
     ) -> None:
         _check_arguments(model, image_shape, execution, residual_masks, precision, multiple)
@@ -63,14 +71,15 @@ class SparseNetwork:
         self.execution = execution
         self.precision = precision
         check_no_hooks(model)
+        all_units = sum(layer.out_channels for layer in subnet_convs(model).values())
         with python_state_kept(model):
-            self.graph = ChannelGraph(model, image_shape, residual_masks)
+            self.graph = ChannelGraph(model, self.image_shape, residual_masks, strict)
         kinds = ("conv", "depthwise", "norm", "linear")
         check_own_layers(model, [op.module for op in self.graph.ops if op.kind in kinds])
-        for name, layer in subnet_convs(model).items():
-            if name not in self.graph.first_unit:  # it never runs, or for nothing, so a budget must not count its units
-                layer.unmask()
-        self.layers = subnet_convs(model)
+        quiet = silenced(model, self.graph)
+        self.layers = keep_maskable(model, self.graph.first_unit)
+        self._noisy = any(is_noise(op) for op in self.graph.ops)
+        self._dense_modules, self._never_run = bystanders(model, self.graph)
         self._no_scores = nn.Parameter(torch.empty(0), requires_grad=False)
         self._join_scores()
         self.multiple = preferred_multiple(self.device) if multiple is None else multiple
@@ -84,7 +93,10 @@ class SparseNetwork:
         self.dense_parameters = sum(self.graph.layer_parameters(self.dense_plan.counts).values())
         self._sizes = {self.image_shape}  # of images that it may be given
         if self_check and self.num_units:
-            check_conversion(self, image_shape)
+            check_conversion(self, self.image_shape)
+        self.coverage = Coverage.of(self.graph, all_units, quiet)
+        if self.coverage.partial:
+            print(self.coverage)
 
     def _join_scores(self) -> None:
         """Gives all layers one parameter with the scores of all units. One that they have already stays."""
@@ -221,7 +233,8 @@ class SparseNetwork:
         """
         if self.num_units and tuple(images.shape[1:]) not in self._sizes:
             self._admit(tuple(images.shape))
-        with self.autocast():
+        kept = self._never_run + (self._dense_modules if not update_statistics else [])
+        with self.autocast(), buffers_kept(kept):
             if self.num_units == 0:
                 logits = self.whole(images)
             elif self.execution == "compact":
@@ -242,8 +255,9 @@ class SparseNetwork:
         self._sizes.add(shape[1:])
 
     def whole(self, images: Tensor) -> Tensor:
-        """Logits of the whole network, run as the user wrote it."""
-        return self.model(images)
+        """Logits of the whole network, run as the user wrote it but for noise, and without those of auxiliary heads."""
+        with without_noise() if self._noisy else nullcontext():
+            return logits_of(self.model(images))
 
     def autocast(self) -> torch.autocast:
         """Context in which layers compute in the precision of the network."""
@@ -286,7 +300,9 @@ class SparseNetwork:
         return self._costs[unit]
 
     def batch_norms(self) -> dict[str, nn.BatchNorm2d]:
-        return {name: m for name, m in self.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        """Those that have running statistics, by name; also of vectors (`nn.BatchNorm1d`)."""
+        norms = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        return {name: norm for name, norm in norms.items() if norm.running_mean is not None}
 
 
 def _check_arguments(

@@ -43,7 +43,8 @@ def norms_behind(network: SparseNetwork) -> dict[str, NormBehind]:
     for name, layer in network.layers.items():
         first_unit, reached = graph.first_unit[name], []
         for op in graph.ops:
-            carried = op.kind not in ("conv", "linear") and any(reached[i] for i in op.inputs)
+            carried = first_unit in graph.spaces[op.space].writers and any(reached[i] for i in op.inputs)
+            carried = carried and op.kind not in ("conv", "linear")
             reached.append(op.module is layer or carried)
             if carried and op.kind == "norm":
                 segments = graph.spaces[op.space].segments

@@ -14,28 +14,31 @@ both tensors, to write into zeros, to multiply by a 0/1 matrix, or to widen the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from utils.channels.coverage import is_noise
 from utils.channels.graph import Op, columns_of
 from utils.channels.network import SparseNetwork
 from utils.channels.source import (
     INPUT,
-    Step,
     arguments_of,
-    call,
     execute,
+    expression,
     identifier,
+    is_of_torch,
     network_source,
     plain_class,
     works_in_place,
 )
+from utils.channels.steps import Step, fold_batch_norms, steps_towards
 from utils.channels.subnet import Subnet
+from utils.channels.trace import NOISE_MODULES
+from utils.channels.written import as_written
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,17 @@ class _Writer:
             return self._sum(op, [x for x in operands if x is not None])
         if op.kind == "concat":
             return self._concatenation(op, operands)
-        if op.kind == "output" or operands[0] is None:
-            return operands[0]
+        if op.kind == "output":
+            return self._in_order(op.inputs[0], operands[0])
+        if op.kind == "size":
+            return self._size(op)
+        if op.kind == "dense":
+            return self._dense(op, [self._in_order(i, x) for i, x in zip(op.inputs, operands, strict=True)])
+        if any(x is None for x in operands):
+            return None
         if op.kind in ("depthwise", "norm"):
             return self._run(op, operands[0], operands[0].channels, None)
-        return self._pointwise(op, operands[0])
+        return self._pointwise(op, operands)
 
     # ---- layers with parameters ----
 
@@ -181,24 +190,97 @@ class _Writer:
         places = np.cumsum(self.network.stored[space])[channels] - 1
         return torch.from_numpy(places).to(self.network.device)
 
-    # ---- everything else ----
-
-    def _pointwise(self, op: Op, x: _Value) -> _Value:
+    def _pointwise(self, op: Op, operands: list[_Value]) -> _Value:
         module, node = op.module, op.node
-        if isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d) or node.target == "contiguous":
+        spaces = [self.network.graph.ops[i].space for i in op.inputs]
+        x = operands[spaces.index(op.space)]
+        if isinstance(module, (nn.Identity, *NOISE_MODULES)) or node.target == "contiguous" or is_noise(op):
             return x
-        if module is not None:
-            name = self._cut.get((module,)) or identifier(str(node.target), self._names())
-            self._cut[(module,)] = name
-            self.layers[name] = plain_class(module)(**arguments_of(module))
-            in_place = getattr(module, "inplace", False)
-            result = self._step(op, x.channels, f"self.{name}({{0}})", (x,), name)
-        else:
-            in_place = works_in_place(node.target, node.args[1:], node.kwargs)
-            result = self._step(op, x.channels, call(node.target, node.args[1:], node.kwargs), (x,))
-        if in_place:  # whoever reads x later reads what it has become
-            self._values[:] = [result if value is x else value for value in self._values]
+        if op.kind == "reshape":
+            return self._reshaped(op, x)
+        operands = [
+            self._reordered(value, x.channels, op) if space == op.space and len(value.channels) > 1 else value
+            for space, value in zip(spaces, operands, strict=True)
+        ]
+        return self._call(op, operands, x)
+
+    def _dense(self, op: Op, operands: list[_Value]) -> _Value:
+        """What the user wrote, of tensors with all channels in their order."""
+        channels = _Value("", np.arange(self.network.graph.spaces[op.space].width))
+        if op.node.op != "get_attr":
+            return self._call(op, operands, channels)
+        name = identifier(op.name, self._names())
+        self.tensors[name] = as_written(op, ()).detach().clone()
+        return self._step(op, channels.channels, f"self.{name}", (), tensor=name)
+
+    def _call(self, op: Op, operands: list[_Value], like: _Value) -> _Value:
+        """A step through a layer without channels of its own, or through a function or method."""
+        module, node = op.module, op.node
+        try:
+            if module is None:
+                result = self._step(op, like.channels, expression(node), operands)
+                in_place = works_in_place(node.target, node.args[1:], node.kwargs)
+            else:
+                name = self._cut.get((module,)) or self._whole(op, module)
+                result = self._step(op, like.channels, f"self.{name}({{0}})", operands, name)
+                in_place = getattr(module, "inplace", False)
+        except ValueError as error:
+            raise ValueError(f"{self.network.graph.where(op)} has no place in an ordinary network: {error}") from error
+        if in_place:  # whoever reads it later reads what it has become
+            self._values[:] = [result if value is operands[0] else value for value in self._values]
         return result
+
+    def _whole(self, op: Op, module: nn.Module) -> str:
+        """The name of a layer that has all that it had."""
+        if not is_of_torch(module) or len(op.node.args) > 1 or op.node.kwargs:
+            raise ValueError("only layers of torch.nn that hold no others can be written down")
+        try:
+            layer = plain_class(module)(**arguments_of(module))
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"the arguments that it was made with are not known ({error})") from error
+        state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        if op.name in self.statistics:
+            state |= dict(zip(("running_mean", "running_var"), self.statistics[op.name], strict=True))
+        layer.load_state_dict(state, assign=True)
+        name = self._cut[(module,)] = identifier(op.name, self._names())
+        self.layers[name] = layer.eval()
+        return name
+
+    def _size(self, op: Op) -> _Value:
+        """The shape of the full tensor, whatever channels are left of it."""
+        shape = (f"{INPUT}.shape[0]", *map(str, self.network.graph.ops[op.inputs[0]].shape))
+        node = op.node
+        if node.target == "size" and (len(node.args) > 1 or node.kwargs):
+            form = shape[node.args[1] if len(node.args) > 1 else node.kwargs["dim"]]
+        elif node.target == "numel":
+            form = f"({' * '.join(shape)})"
+        elif node.target == "dim" or node.args[1:] == ("ndim",):
+            form = str(len(shape))
+        else:
+            form = f"({', '.join(shape)},)"
+        return self._step(op, np.arange(0), form, ())
+
+    def _reshaped(self, op: Op, x: _Value) -> _Value:
+        shape = ", ".join(map(str, op.shape[1:]))
+        if op.node.target in ("expand", "expand_as"):
+            return self._step(op, x.channels, f"{{0}}.expand(-1, -1, {shape})", (x,))
+        form = "{0}.flatten(1)" + f".unflatten(1, (-1, {shape}))" * (len(op.shape) > 1)
+        return self._step(op, x.channels, form, (x,))
+
+    def _in_order(self, op: int, x: _Value) -> _Value:
+        """A tensor that has all channels, with its channels in the order of the full network."""
+        return self._reordered(x, np.arange(len(x.channels)), self.network.graph.ops[op])
+
+    def _reordered(self, x: _Value, channels: np.ndarray, op: Op) -> _Value:
+        if np.array_equal(x.channels, channels):
+            return x
+        place_of = {channel: place for place, channel in enumerate(x.channels.tolist())}
+        places = torch.tensor([place_of[channel] for channel in channels.tolist()], device=self.network.device)
+        space = self.network.graph.spaces[op.space].width
+        per_channel = op.shape[0] // space if op.kind != "concat" and len(op.shape) == 1 else 1
+        name = identifier(f"{op.node.name}_order", self._names())
+        self.tensors[name] = columns_of(places, per_channel)
+        return self._step(op, channels, f"{{0}}.index_select(1, self.{name})", (x,), tensor=name)
 
     def _sum(self, op: Op, present: list[_Value]) -> _Value | None:
         if len(present) < 2:
@@ -247,28 +329,12 @@ class _Writer:
 
     def remove_unread(self) -> None:
         """Removes what does not lead to the output: the layers of a branch whose last layer keeps no channel."""
-        wanted, steps = {self._values[-1].name}, []
-        for step in reversed(self.steps):
-            if step.result in wanted:
-                wanted.update(step.operands)
-                steps.insert(0, step)
-        self.steps = steps
+        self.steps = steps_towards(self._values[-1].name, self.steps)
         self._remove_unused()
 
     def fold_batch_norms(self) -> None:
         """Puts each batch-norm that alone reads a convolution into it; the convolution must run only once."""
-        made_by = {step.result: step for step in self.steps}
-        read = [operand for step in self.steps for operand in step.operands]
-        ran = [step.layer for step in self.steps]
-        for norm in [step for step in self.steps if isinstance(self.layers.get(step.layer), nn.BatchNorm2d)]:
-            conv = made_by.get(norm.operands[0])
-            if conv is None or not isinstance(self.layers.get(conv.layer), nn.Conv2d):
-                continue
-            if read.count(conv.result) > 1 or ran.count(conv.layer) > 1:
-                continue
-            self.layers[conv.layer] = fuse_conv_bn_eval(self.layers[conv.layer], self.layers[norm.layer])
-            self.steps[self.steps.index(conv)] = replace(conv, result=norm.result)
-            self.steps.remove(norm)
+        self.steps = fold_batch_norms(self.layers, self.steps)
         self._remove_unused()
 
     def _remove_unused(self) -> None:

@@ -6,13 +6,17 @@ The text is all that `plain_network` makes. It is executed to get the network, a
 from __future__ import annotations
 
 import inspect
+import operator
+import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from utils.channels.steps import Step
+from utils.conv_type import PlainConv, SubnetBatchNorm, SubnetConv
 
 HEADER = """\
 import torch
@@ -23,28 +27,15 @@ INPUT = "images"
 LINE_LENGTH = 100
 
 
-@dataclass(frozen=True)
-class Step:
-    """One operation of the forward pass.
-
-    Attributes:
-        result: name of the tensor that it makes.
-        form: its expression, with {0} and {1} in place of the tensors that it reads.
-        operands: their names.
-        layer: name of the layer that it runs, where it runs one.
-        tensor: name of the parameter or buffer that it reads and that belongs to no layer, where it reads one.
-    """
-
-    result: str
-    form: str
-    operands: tuple[str, ...]
-    layer: str | None = None
-    tensor: str | None = None
-
-
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of torch that a layer is or is derived from."""
     return next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+
+
+def is_of_torch(module: nn.Module) -> bool:
+    """Whether a module computes what a layer of torch computes that holds no other layers."""
+    own = type(module).__module__.startswith("torch.nn.") or type(module) in (PlainConv, SubnetConv, SubnetBatchNorm)
+    return own and not list(module.children())
 
 
 def arguments_of(module: nn.Module) -> dict[str, Any]:
@@ -55,7 +46,10 @@ def arguments_of(module: nn.Module) -> dict[str, Any]:
     """
     arguments = {}
     for name, parameter in inspect.signature(plain_class(module)).parameters.items():
-        if name in ("device", "dtype", "inplace"):
+        if name in ("device", "dtype", "inplace") or parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
             continue
         value = getattr(module, name)
         if name == "bias":
@@ -78,21 +72,69 @@ def constructor(module: nn.Module) -> str:
     return f"nn.{plain_class(module).__name__}({', '.join(words)})"
 
 
-def call(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> str:
-    """The form of a call of a function of torch, or of a method given by name, on a tensor; never in place.
+SIGNS = {
+    **{operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/", operator.floordiv: "//"},
+    **{operator.iadd: "+", operator.isub: "-", operator.imul: "*", operator.itruediv: "/", operator.ifloordiv: "//"},
+    **{operator.mod: "%", operator.pow: "**", operator.matmul: "@"},
+}
 
-    Args:
-        arguments: those behind the tensor.
+
+def expression(node: fx.Node) -> str:
+    """The form of a call of a function or method; never in place.
+
+    Raises: ValueError for what is no function or method of torch or Python.
     """
+    operand = {argument: f"{{{number}}}" for number, argument in enumerate(node.all_input_nodes)}
+    function, arguments = node.target, list(node.args)
+    options = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+    if function is operator.getitem:
+        index = arguments[1] if isinstance(arguments[1], tuple) else (arguments[1],)
+        return f"{operand[arguments[0]]}[{', '.join(_text(part, operand, index=True) for part in index)}]"
+    if function is getattr:
+        return f"{operand[arguments[0]]}.{arguments[1]}"
+    words = [_text(argument, operand) for argument in arguments]
+    if function in SIGNS and not options:
+        return f"({words[0]} {SIGNS[function]} {words[1]})"
+    if function is operator.neg:
+        return f"(-{words[0]})"
+    options = [f"{key}={_text(value, operand)}" for key, value in options.items()]
     if isinstance(function, str):
-        start = f"{{0}}.{function.rstrip('_')}("
-    else:
-        name = function.__name__
-        start = f"{'F' if getattr(F, name, None) is function else 'torch'}.{name}({{0}}"
-        arguments = arguments[: _place_of_inplace(function)]
-    words = [repr(a) for a in arguments] + [f"{key}={a!r}" for key, a in options.items() if key != "inplace"]
-    comma = ", " if words and not isinstance(function, str) else ""
-    return f"{start}{comma}{', '.join(words)})"
+        name = method_of(node) if function.startswith("__") else method_of(node).rstrip("_")
+        return f"{words[0]}.{name}({', '.join(words[1:] + options)})"
+    name = function.__name__.rstrip("_")
+    place = _place_of_inplace(function)
+    words = words if place is None else words[: place + 1]
+    for space, module in (("F", F), ("torch", torch)):
+        if getattr(module, function.__name__, None) is function:
+            return f"{space}.{name}({', '.join(words + options)})"
+    raise ValueError(f"{getattr(function, '__module__', '')}.{name} is no function of torch")
+
+
+def method_of(node: fx.Node) -> str:
+    """The method that a node calls. A view is a reshape where tensors may lie in memory in another order."""
+    takes_shape = not any(isinstance(argument, torch.dtype) for argument in node.args)
+    return "reshape" if node.target == "view" and takes_shape else str(node.target)
+
+
+def _text(value: Any, operand: Mapping[fx.Node, str], index: bool = False) -> str:
+    """An argument of a call, with operands by their places; as an index, slices are written with colons."""
+    if isinstance(value, fx.Node):
+        return operand[value]
+    if isinstance(value, slice):
+        parts = [None if part is None else _text(part, operand) for part in (value.start, value.stop, value.step)]
+        if not index:
+            return f"slice({', '.join(map(str, parts))})"
+        return ":".join("" if part is None else part for part in parts[: 3 if parts[2] else 2])
+    if isinstance(value, tuple | list):
+        inside = ", ".join(_text(part, operand) for part in value)
+        if isinstance(value, list):
+            return f"[{inside}]"
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    if value is Ellipsis:
+        return "..."
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return repr(value).replace("{", "{{").replace("}", "}}")
+    raise ValueError(f"{value!r} cannot be written down")
 
 
 def works_in_place(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> bool:
@@ -114,7 +156,7 @@ def _place_of_inplace(function: Any) -> int | None:
 
 def identifier(name: str, taken: Collection[str]) -> str:
     """A name as an attribute of a module or a variable that nothing else has: layer1.0.conv1 -> layer1_0_conv1."""
-    name = name.replace(".", "_")
+    name = re.sub(r"\W", "_", name)
     if not name.isidentifier():
         name = f"layer_{name}"
     while hasattr(nn.Module, name) or name in ("x", "self", "torch", "F", "nn", INPUT):
@@ -139,10 +181,11 @@ def network_source(
     lines = ["class Network(nn.Module):", "    def __init__(self) -> None:", "        super().__init__()"]
     lines += [f"        self.{name} = {constructor(layer)}" for name, layer in layers.items()]
     for name, tensor in tensors.items():
+        shape = len(tensor) if tensor.dim() == 1 else tuple(tensor.shape)
         if tensor.is_floating_point():
-            lines.append(f"        self.{name} = nn.Parameter(torch.empty({len(tensor)}))")
+            lines.append(f"        self.{name} = nn.Parameter(torch.empty({shape}))")
         else:
-            lines.append(f'        self.register_buffer("{name}", torch.empty({len(tensor)}, dtype={tensor.dtype}))')
+            lines.append(f'        self.register_buffer("{name}", torch.empty({shape}, dtype={tensor.dtype}))')
     lines += ["", f"    def forward(self, {INPUT}: Tensor) -> Tensor:"]
     return "\n".join([*lines, *(f"        {line}" for line in _forward_lines(steps, result))]) + "\n"
 
@@ -159,8 +202,9 @@ def _forward_lines(steps: Sequence[Step], result: str) -> list[str]:
         names = list(step.operands)
         if passing is not None:
             place = names.index(passing.result)
+            once = step.form.count(f"{{{place}}}") == 1
             nested = [*names[:place], passing.form, *names[place + 1 :]]
-            if _may_hold(step.form, passing.form) and len(step.form.format(*nested)) <= LINE_LENGTH - 16:
+            if once and _may_hold(step.form, passing.form) and len(step.form.format(*nested)) <= LINE_LENGTH - 16:
                 names = nested
             else:
                 lines.append(f"x = {passing.form}")
