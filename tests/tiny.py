@@ -254,6 +254,10 @@ class Record:
                 patch.setattr(os, "replace", watched_replace)
                 patch.setattr(time, "perf_counter", lambda: self.seconds)
                 patch.setattr(time, "process_time", lambda: 2 * self.seconds)  # of two busy threads
+                for user in ("plan", "capacity"):  # a slot that two tensors share would look like a live channel
+                    patch.setattr(
+                        f"utils.channels.{user}.slot_hosts", lambda graph, widths, spreading: range(len(widths))
+                    )
                 yield
         finally:
             for hook in hooks:

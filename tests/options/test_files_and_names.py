@@ -361,7 +361,15 @@ def test_a_tilde_is_the_home_directory_for_tools_too(tmp_path, monkeypatch):
     parser.add_argument("--out")
     for words in (["~/run", "--out", "~/page"], ["~/run", "--out=~/page"]):
         assert vars(parser.parse_args(words)) == {"run": f"{tmp_path}/run", "out": f"{tmp_path}/page"}
-    for tool in ("bench", "export", "gauge", "picture", "predict", "report", "reproduce"):  # all read by that parser
+    for tool in (
+        "bench_options",
+        "export",
+        "gauge",
+        "picture",
+        "predict",
+        "report",
+        "reproduce",
+    ):  # all read by that parser
         text = (CONFIGS.parent / f"tools/{tool}.py").read_text()
         assert "ToolParser(" in text
         assert "ArgumentParser(" not in text

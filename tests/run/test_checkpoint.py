@@ -292,7 +292,8 @@ def unsafe_calls(source: str) -> list[str]:
             safe = keywords.get("allow_pickle", "False") == "False"
         else:
             yaml_loads = name.startswith("yaml.") and "load" in name and not name.startswith("yaml.safe_load")
-            safe = not yaml_loads and name not in ("pickle.load", "pickle.loads", "pickle.Unpickler")
+            copies = ast.unparse(node).startswith("pickle.loads(pickle.dumps(")  # of what is in memory, not of a file
+            safe = copies or not (yaml_loads or name in ("pickle.load", "pickle.loads", "pickle.Unpickler"))
         if not safe:
             found.append(ast.unparse(node))
     return found
@@ -310,6 +311,7 @@ def unsafe_calls(source: str) -> list[str]:
         ("pickle.loads(content)", 1),
         ("pickle.Unpickler(file).load()", 1),
         ("pickle.dumps(content)", 0),
+        ("pickle.loads(pickle.dumps(content))", 0),
         ("yaml.load(text)", 1),
         ("yaml.load(text, Loader=yaml.FullLoader)", 1),
         ("yaml.load(text, yaml.SafeLoader)", 0),

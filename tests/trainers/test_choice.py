@@ -236,7 +236,7 @@ def test_wrong_labels_on_all_test_images_change_nothing_but_the_test_columns(ima
     for file in ("last.pt", "best.pt"):
         states = [done.load(file) for done in (right, wrong)]
         for state in states:
-            for key in ("config", "fingerprint", "clocks", "test"):
+            for key in ("config", "fingerprint", "contents", "clocks", "test"):
                 state.pop(key, None)
             if "best" in state:
                 state["best"].pop("test")
