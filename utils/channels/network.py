@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.algorithm.masks import keep_one_unit
+from utils.algorithm.transfer import sent_to
 from utils.channels.capacity import FixedShapes, capacities_for, stored_runs
 from utils.channels.compact import CompactForward
 from utils.channels.cost import ExpectedCost
@@ -267,7 +268,7 @@ class SparseNetwork:
         """The mask of every run of a layer in the reference."""
         leaks = self.execution == "released"  # then a mask multiplies its own convolution and nothing behind it
         return [
-            (op, None if leaks and not isinstance(op.module, VRPGE) else torch.from_numpy(live).to(self.device))
+            (op, None if leaks and not isinstance(op.module, VRPGE) else sent_to(torch.from_numpy(live), self.device))
             for op in maskable_ops(self.graph.ops)
             for live in [plan.live[op.space]]
         ]
