@@ -69,23 +69,27 @@ class Plan:
 
 
 def preferred_multiple(device: torch.device) -> int:
-    """The multiple to which numbers of channels are rounded up, for which convolutions cost no more or hardly more.
+    """The multiple to which numbers of channels are rounded up, because layers in between cost as much or more.
 
-    One vector register of float32 on a CPU with AVX2 (7 to 9 channels take 3.7 ms, 8 to 8 take 1.5 ms). Half a register
-    with AVX-512, where a step of 8 channels saves up to a third of a layer, and costs nothing where it saves nothing:
-    3x3 convolutions of 128 maps, forward and backward, one thread, take in ms
+    One vector register of float32 on a CPU: with AVX2, convolutions from 7 to 9 channels take 3.7 ms, and from 8 to 8
+    1.5 ms. With AVX-512, batch-norm decides, whose backward pass is slow next to multiples of 16. A batch of 128 maps
+    takes there, forward and backward, in ms (3x3 convolutions on one thread, batch-norm on two):
 
-        channels                  8     16     24     32     48     56     64
-        float32,  32x32 pixels   11.5   20.2   49.6   69.1
-        float32,  16x16 pixels    4.1    6.0   13.7   17.9   35.9   56.1   61.6
-        bfloat16, 32x32 pixels    4.1    6.1   11.2   11.1
-        bfloat16, 16x16 pixels    1.3    1.6    3.1    3.1    6.6    9.3    9.4
+        channels                                8     16     24     32     48     64
+        convolution, bfloat16, 32x32 pixels    4.1    6.1   11.2   11.1
+        convolution, bfloat16, 16x16 pixels    1.3    1.6    3.1    3.1    6.6    9.4
+        convolution, float32,  32x32 pixels   11.5   20.2   49.6   69.1
+        convolution, float32,  16x16 pixels    4.1    6.0   13.7   17.9   35.9   61.6
+        batch-norm,  bfloat16, 32x32 pixels   14.8    5.2   18.8    9.2   14.3   22.2
+        batch-norm,  bfloat16, 16x16 pixels           1.4    4.7    2.3    3.7    4.5
+        batch-norm,  float32,  32x32 pixels   15.5    5.2   17.1   15.7   23.4   32.9
+        batch-norm,  float32,  16x16 pixels           1.5    4.3    3.2    4.4    5.6
 
     The alignment of the tensor cores on a GPU.
     """
     if device.type == "cuda":
         return 8
-    return {"AVX2": 8, "AVX512": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
+    return {"AVX2": 8, "AVX512": 16}.get(torch.backends.cpu.get_cpu_capability(), 4)
 
 
 def make_plan(graph: ChannelGraph, mask_U: np.ndarray, multiple: int, stored: list[np.ndarray], spreading: int) -> Plan:
