@@ -80,6 +80,25 @@ def test_the_step_times_on_a_gpu_are_those_of_their_record():
     assert told == len(masked) > 0
 
 
+def test_the_step_times_on_a_cpu_are_those_of_their_record():
+    measured = list(map(json.loads, (PROJECT / "results/cpu/bench.jsonl").read_text().splitlines()))
+    [(_, rows)] = tables((PROJECT / "docs/speed.md").read_text(), "<!-- of results/cpu/bench.jsonl -->")
+    assert len(rows) == len(measured)
+    for row, found in zip(rows, measured, strict=True):
+        config, networks = found["config"], found["networks"]
+        assert row["network"] == config["arch"] + (" x 0.25" if config["width_mult"] == 0.25 else "")
+        assert row["residual masks"] in ("-", config["residual_masks"])
+        assert (row["keep"], row["precision"]) == (str(config["keep_ratio"]), config["precision"])
+        assert row["scores"] == found["scores"]
+        names = {"dense": "dense", "thin": "thin", "compact": "compact", "fixed shapes": "compact, shapes fixed"}
+        for heading, name in names.items():
+            times = networks.get(name)
+            low, high = times["ms_quartiles"] if times else (0, 0)
+            assert row[heading] == (f"{times['ms']:,.0f} ({low:,.0f}-{high:,.0f})" if times else "-"), row
+        for ratio in ("dense/compact", "dense/thin", "compact/thin"):
+            assert row[ratio] == f"{found[ratio]:.2f}"
+
+
 def test_the_reading_tells_what_the_runs_with_an_unscaled_rate_came_to():
     """No row of the table has them any more; its record does."""
     runs = json.loads((PROJECT / "results/cifar.runs.json").read_text())["runs"]
