@@ -10,22 +10,28 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: the package {error.name} is not installed; run `python -m pip install -r requirements.txt`")
 from utils.errors import RankError, UserError
+from utils.output import breakable_output
 from utils.ranks.launch import num_started, only_first_rank_speaks, rank_here
 from utils.run.memory import keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 the last checkpoint could not be written, 2 a user's mistake, 3 diverged,
-    4 ranks have lost each other, 130 or 143 stopped by Ctrl-C or SIGTERM. With --doctor 1 means that no training could
+    """Returns the exit code: 0 done, 1 something could not be written, 2 a user's mistake, 3 diverged, 4 ranks have
+    lost each other, 129, 130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM. With --doctor 1 means that no training could
     start here."""
-    try:
-        with only_first_rank_speaks():
-            return _run(argv)
-    except (UserError, RankError) as error:
-        if rank_here() == 0 or error.on_one_rank:
-            rank = f"rank {rank_here()}: " if num_started() > 1 else ""
-            print(f"{rank}error: {error}", file=sys.stderr)
-        return 4 if isinstance(error, RankError) else 2
+    with breakable_output() as output:
+        try:
+            with only_first_rank_speaks():
+                code = _run(argv)
+        except (UserError, RankError) as error:
+            if rank_here() == 0 or error.on_one_rank:
+                rank = f"rank {rank_here()}: " if num_started() > 1 else ""
+                print(f"{rank}error: {error}", file=sys.stderr)
+            code = 4 if isinstance(error, RankError) else 2
+        except KeyboardInterrupt:  # before or after the training, which saves first
+            print("stopped by Ctrl-C", file=sys.stderr)
+            code = 130
+    return code or int(output.error is not None)
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -2,7 +2,7 @@
 
 `main` and `tools` import trainers. Trainers import data, models, args and utils. Data and models import utils, and args
 imports how options are read. Inside utils the order is run, ranks, channels, then algorithm and conv_type. Errors,
-seeds, options and the names of choices lie below everything.
+seeds, options and the names of choices lie below everything. Only main takes care of the standard output.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALGORITHM = {"utils.algorithm"}
 CHANNELS = {"utils.channels", "utils.conv_type"} | ALGORITHM | BASE
 RANKS = {"utils.ranks"} | CHANNELS
 UTILS = {"utils.run"} | RANKS
-EVERYTHING = {"main", "args", "tools", "examples", "trainers", "data", "models"} | UTILS
+EVERYTHING = {"main", "args", "tools", "examples", "trainers", "data", "models", "utils.output"} | UTILS
 # What a room may import, its own modules included. The longest name that fits a module decides.
 ALLOWED = {
     "main": EVERYTHING,
@@ -44,6 +44,7 @@ ALLOWED = {
     "utils.option_text": {"utils.options", "utils.errors"},
     "utils.choices": set(),
     "utils.errors": set(),
+    "utils.output": set(),
     "utils.paths": set(),
     "utils.seeds": set(),
     "utils": set(),
