@@ -97,10 +97,10 @@ class Budget:
         return best_within_budget(values_U, scores_U, self.groups, keep_ratio, vital)
 
     def smallest_keep_ratio(self) -> float:
-        """The budget below which no subnet fits: what the layer guard leaves of an empty mask; 0 for channels."""
-        if self.cost is None:
-            return 0.0
+        """The budget below which no subnet fits: what the layer guard leaves of an empty mask."""
         smallest = self.network.plan(np.zeros(self.network.num_units, dtype=bool)).mask_U
+        if self.cost is None:
+            return max((float(smallest[group].mean()) for group in self.groups), default=0.0)
         return self.cost(smallest) / self.cost.dense
 
     def largest_score(self, keep_ratio: float) -> float:
