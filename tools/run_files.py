@@ -53,7 +53,7 @@ def read_run(folder: Path) -> RunFacts:
     try:
         flat = yaml.safe_load(config.read_text(encoding="utf-8"))
         options = config_to_dict(config_from_dict(flat, str(config)))
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError, RecursionError):
         raise UserError(f"{config} is not a file of options as a run writes it; restore it") from None
     missing: list[str] = []
     history, summary = _read_history(folder / "results.csv"), _read_json(folder / "summary.json")
@@ -95,7 +95,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged; restore it, or remove it to report on the run without it") from None
 
 

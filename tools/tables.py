@@ -153,6 +153,8 @@ def load_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
         raise UserError(f"{path} is not UTF-8 text; save the file as UTF-8") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply; it is made of a few levels of keys and lists") from None
     return _expect(dict, content, f"{path}: the file")
 
 
