@@ -147,6 +147,10 @@ class RunConfig:
     )
     evaluate: bool = option(False, "evaluate the run given by --resume and exit", common=True, resumed="this command")
     print_freq: int = option(50, "steps between log lines", within="[1, inf)")
+    save_interval: float = option(
+        300.0, "seconds of training between checkpoints within an epoch; 0 for none", within="[0, inf)"
+    )
+    save_steps: int = option(0, "steps between checkpoints within an epoch; 0 for none", within="[0, inf)")
     save_every: int = option(
         0, "epochs between numbered checkpoints beside the last and the best; 0 for none", within="[0, inf)"
     )
@@ -783,6 +787,13 @@ def config_from_dict(flat: Mapping[str, object], where: str) -> Config:
         where: what messages call the dictionary, such as the path of a checkpoint.
     """
     config, places = _config_of(resolve(OPTIONS, read_dict(flat, where)))
+    check_together(OPTIONS, config, places)
+    return config
+
+
+def config_from_file(path: str) -> Config:
+    """The config of a YAML file alone. Raises: UserError for every mistake."""
+    config, places = _config_of(resolve(OPTIONS, read_yaml(path)))
     check_together(OPTIONS, config, places)
     return config
 

@@ -221,9 +221,10 @@ def _closed_at_exit(generator: Generator) -> Iterator[Generator]:
 
 
 def _outlive_signals(_worker: int) -> None:
-    """Ctrl-C and SIGTERM often reach all processes at once, but the main process still finishes its step and saves.
+    """Signals often reach all processes at once, but the main process still finishes its step and saves.
 
     It ends its workers afterwards. If it cannot, the alarm does.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))

@@ -428,6 +428,8 @@ CLOCKS = ("images_per_second", "step_ms", "evaluation_seconds", "epoch_seconds",
 def without_clocks(state: Mapping[str, Any]) -> dict[str, Any]:
     """What two checkpoints of equal runs have in common: no times, and no options, of which some may differ."""
     kept = {key: value for key, value in state.items() if key not in ("clocks", "config")}
+    if kept.get("best"):
+        kept["best"] = without_clocks(kept["best"])
     if "history" in kept:
         kept["history"] = [{k: v for k, v in row.items() if k not in CLOCKS} for row in kept["history"]]
     return kept

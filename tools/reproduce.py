@@ -26,7 +26,7 @@ from tools.table_report import write_report
 from tools.table_runs import Cell, TableRuns, choose_cells
 from tools.tables import read_table
 from utils.errors import UserError
-from utils.run.folder import lock
+from utils.run.lock import lock
 from utils.run.progress import announce
 from utils.run.signals import StopRequest
 

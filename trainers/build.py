@@ -311,7 +311,7 @@ def restore_run(run: RunState, state: Mapping[str, Any], config: Config) -> None
         run.subnet = Subnet.from_state_dict(state["subnet"], device)
         run.plan = run.network.plan(run.subnet.mask_U)
     if state["best"] is not None:
-        run.best = Best(**{**state["best"], "subnet": Subnet.from_state_dict(state["best"]["subnet"], device)})
+        run.best = Best.from_content(state["best"], device)
     if run.phase == "finetune":
         run.weight_optimizer = make_weight_optimizer(run.network, config, config.finetune.finetune_lr)
     run.weight_optimizer.load_state_dict(state["weight_optimizer"])

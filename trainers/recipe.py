@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,16 +16,17 @@ from args import Config
 from data import BatchedSet, DataSplits
 from trainers.build import fix_subnet
 from trainers.default import StepSettings, evaluate
+from trainers.divergence import check_losses, check_tensors
 from trainers.methods import make_method
 from trainers.methods.base import Method
-from trainers.report import Reporter
-from trainers.state import Best, RunState
+from trainers.report import Reporter, progress_values
+from trainers.schedule import stages, step_settings
+from trainers.state import RunState
 from utils.algorithm.decision import decision
-from utils.algorithm.schedules import falling_keep_ratio, learning_rate_factor
 from utils.channels.subnet import Subnet, estimate_statistics, installed
-from utils.ranks.exchange import agreed_signal, check_equal, num_ranks
+from utils.ranks.exchange import agreed, check_equal, num_ranks, rank
 from utils.run.metrics import CostLedger, MetricSums
-from utils.run.progress import Progress, Stage
+from utils.run.progress import Progress
 from utils.run.signals import StopRequest
 
 CHECK_EVERY = 100  # steps; reads all weights once and makes a GPU wait
@@ -35,10 +36,6 @@ class Stopped(Exception):
     """The user asked to stop; the run is saved at the end of a step."""
 
 
-class Diverged(Exception):
-    """The loss is no longer finite."""
-
-
 @dataclass
 class Recipe:
     """A run, its images and its configuration: what all steps of the recipe share.
@@ -46,6 +43,8 @@ class Recipe:
     Attributes:
         calibration: shuffled training images, not augmented, for batch-norm statistics. The same in every run, and on
             every rank: each computes all of them, so the statistics are those of a single process, bit by bit.
+        is_whole: whether the run has changed since this start and nothing is half done, so that it is worth saving.
+        saved_at: when the last checkpoint was written, and after how many steps.
     """
 
     config: Config
@@ -61,82 +60,63 @@ class Recipe:
         order = np.random.default_rng(0).permutation(len(self.data.train))[:wanted]
         self.calibration = self.data.train.subset(torch.from_numpy(order))
         self.calibration.rank, self.calibration.num_ranks = 0, 1
+        self.is_whole = False
+        self.saved_at = (time.monotonic(), self.run.steps)
 
     # ---- the phases -------------------------------------------------------------------------------------------
 
     def execute(self) -> None:
         """Runs what is left of the recipe.
 
-        Raises: Stopped after the step in which a signal came; Diverged when the loss is not finite; RankError.
+        Raises: Stopped after the step in which a signal came; Diverged when a number is not finite; RankError.
         """
         self.check_ranks()
         steps = self.data.train.num_train_batches(self.batch_size)
         self.reporter.start(self.run, self.settings(self.run.step, steps), steps)
-        with Progress(self.stages(), self.config.run.print_freq) as progress:
+        with Progress(stages(self.run, self.config, self.data), self.config.run.print_freq) as progress:
             while self.run.phase != "done":
                 if self.run.epoch < self.run.num_epochs(self.config):
                     self.train_epoch(progress)
                     self.finish_epoch()
                 elif self.run.phase == "search":
                     self.choose_subnet()
-                    progress.plan(self.stages())  # the search may have ended before its time
+                    progress.plan(stages(self.run, self.config, self.data))  # the search may have ended before its time
                 else:
                     self.run.phase = "done"
                     self.save()
                 if self.run.phase != "done":
-                    self.stop_if_asked()
-
-    def stages(self) -> list[Stage]:
-        """What the whole recipe consists of, whatever is done of it already."""
-        config, first = self.config, self.method.first_phase
-        parts = [(first, config.total_epochs, config.train.batch_size)]
-        if config.finetunes:
-            searched = config.search_epochs
-            if self.run.phase == "finetune":  # it may have ended early, or the run became longer after its search
-                searched = sum(row["phase"] == first for row in self.run.history)
-            tuned = ("finetune", config.total_epochs - searched, config.finetune_batch_size)
-            parts = [(first, searched, config.train.batch_size), tuned]
-        return [Stage(name, epochs, self.data.train.num_train_batches(size), size) for name, epochs, size in parts]
+                    self.stop_or_save()
 
     @property
     def batch_size(self) -> int:
         return self.run.batch_size(self.config)
 
     def settings(self, step: int, steps_per_epoch: int) -> StepSettings:
-        """Learning rates and budget of a step of the epoch under way (counted from 0)."""
-        config, sparsity, train = self.config, self.config.sparsity, self.config.train
-        epochs = config.search_epochs if self.run.phase == "search" else config.total_epochs
-        now, total = self.run.epoch * steps_per_epoch + step, epochs * steps_per_epoch
-        warmup = train.warmup_length * steps_per_epoch
-        span = config.total_epochs * steps_per_epoch if config.one_curve else total
-        # In the released code policy and warm-up drive the scores alone.
-        weights, drop = (("cosine_lr", 0), 30) if config.method == "released" else ((train.lr_policy, warmup), 0)
-        weight_lr = train.weight_lr * learning_rate_factor(weights[0], now, span, weights[1])
-        if self.run.phase == "finetune":
-            return StepSettings(weight_lr if config.one_curve else config.finetune.finetune_lr)
-        fall = (sparsity.budget_start, sparsity.budget_end)
-        keep_ratio = sparsity.keep_ratio
-        if config.budget_falls:
-            top = min(sparsity.budget_top, self.run.start_share)
-            keep_ratio = falling_keep_ratio(now / total, keep_ratio, *fall, highest=top)
-        if self.run.search is None:  # score_lr, which nothing reads, may still be auto
-            return StepSettings(weight_lr, keep_ratio=keep_ratio, progress=now / total)
-        return StepSettings(
-            weight_lr=weight_lr,
-            score_lr=train.score_lr * learning_rate_factor(train.lr_policy, now, total, warmup, drop * steps_per_epoch),
-            keep_ratio=keep_ratio,
-            update_scores=now % sparsity.score_every == 0,
-            progress=now / total,
-        )
+        return step_settings(self.run, self.config, step, steps_per_epoch)
+
+    @property
+    def last_settings(self) -> StepSettings:
+        """Those of the last step."""
+        return self.settings(self.run.step - 1, self.data.train.num_train_batches(self.batch_size))
 
     def train_epoch(self, progress: Progress) -> None:
-        """The rest of the epoch under way."""
-        run, config = self.run, self.config
+        """The rest of the epoch under way, with a save whenever one is due."""
+        run = self.run
         steps = self.data.train.num_train_batches(self.batch_size)
-        batches = self.data.train.train_batches(self.batch_size, config.run.seed, run.epoch, start=run.step)
+        batches = self.data.train.train_batches(self.batch_size, self.config.run.seed, run.epoch, start=run.step)
+        batches, is_unfinished = self.awaited(batches), True
         progress.begin_epoch(run.epoch, run.step)
-        with self.timed("epoch_seconds"), self.timed("cpu_seconds", time.process_time):
-            for images, labels in self.awaited(batches):
+        while is_unfinished:
+            with self.timed("epoch_seconds"), self.timed("cpu_seconds", time.process_time):
+                is_unfinished = self.train_until_due(batches, steps, progress)
+            if is_unfinished:
+                self.save()
+
+    def train_until_due(self, batches: Iterator[tuple[Tensor, Tensor]], steps: int, progress: Progress) -> bool:
+        """Takes steps until a save is due or the batches are used up; says whether it was a save."""
+        run, config = self.run, self.config
+        for images, labels in batches:
+            with self.changing():
                 settings = self.settings(run.step, steps)
                 run.sums.add(self.step(images, labels, settings), self.batch_size)
                 run.step += 1
@@ -144,12 +124,14 @@ class Recipe:
                 self.reporter.step_end(run, settings, steps)
                 # on a GPU reading the loss waits; all ranks do it at the same steps, whatever their consoles show
                 if images.device.type == "cpu" or run.step % config.run.print_freq == 0:
-                    self.check_finite()
+                    check_losses(run, settings)
                 if run.step % CHECK_EVERY == 0:
                     self.check_ranks()
-                values = self.progress_values() if progress.wants_values() else None
-                progress.update(self.batch_size, values)
-                self.stop_if_asked()
+            values = progress_values(run) if progress.wants_values() else None
+            progress.update(self.batch_size, values)
+            if self.stop_or_save() and run.step < steps:
+                return True
+        return False
 
     def awaited(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """The same batches. The time until each of them is there goes to a clock of its own."""
@@ -184,15 +166,16 @@ class Recipe:
 
     def finish_epoch(self) -> None:
         """Evaluates, reports, remembers the best state, saves."""
-        run, sparsity = self.run, self.config.sparsity
-        settings = self.settings(run.step - 1, self.data.train.num_train_batches(self.batch_size))
+        run, sparsity, settings = self.run, self.config.sparsity, self.last_settings
         seconds_before = run.seconds
-        with self.timed("seconds"):
+        check_tensors(run, settings)
+        with self.changing(), self.timed("seconds"):
             if run.phase == "search":
                 self.method.end_of_epoch(run, settings.keep_ratio)
                 self.judge_search(settings)
             subnet = self.current_subnet(settings.keep_ratio)
             heldout = self.evaluate_heldout(subnet)
+            check_losses(run, settings, held_out=heldout.get("loss", 0.0))
             # while the budget falls, a state that still exceeds the final one is no candidate
             allowed = run.phase != "search" or settings.keep_ratio <= sparsity.keep_ratio + 1e-9
             is_best = allowed and (
@@ -202,18 +185,17 @@ class Recipe:
             is_tested = may_be_result or self.is_test_due(run.epoch + 1)
             test = self.evaluate_on(subnet, self.data.test) if is_tested else {}
         evaluation_seconds = run.seconds - seconds_before
-        with self.timed("seconds"):
+        with self.changing(), self.timed("seconds"):
             run.epoch += 1
             run.step = 0
-            if is_best:
-                run.best = Best(subnet, run.epoch, heldout, test)
-            self.check_finite()
             self.check_ranks()
+            if is_best:
+                run.remember_best(self.config, self.data, subnet, heldout, test)
             self.reporter.epoch_end(run, subnet, settings, heldout, test, evaluation_seconds)
             run.train_seconds += run.epoch_seconds
             run.sums, run.epoch_cost, run.at_last_point = MetricSums(), CostLedger(), {}
             run.epoch_seconds = run.data_seconds = 0.0
-        self.save(best=is_best, epoch_end=True)
+        self.save(epoch_end=True)
 
     def judge_search(self, settings: StepSettings) -> None:
         """Asks whether the scores are decided, and ends the search if that is what it waits for."""
@@ -267,80 +249,89 @@ class Recipe:
 
     @staticmethod
     def merit(metrics: dict[str, float]) -> tuple[float, float]:
-        """What is compared: accuracy, then loss."""
-        return metrics["top1"], -metrics["loss"]
+        """What is compared: accuracy, then loss. Nothing is worse than a loss that is not finite."""
+        return (metrics["top1"], -metrics["loss"]) if math.isfinite(metrics["loss"]) else (-math.inf, -math.inf)
 
     # ---- the choice of the subnet -----------------------------------------------------------------------------
 
     def choose_subnet(self) -> None:
-        """Ends the search: the best of the method's candidates, by held-out or training images."""
-        run, config = self.run, self.config
+        """Ends the search: the best of the method's candidates, by held-out or training images.
+
+        Whatever interrupts it, the run is as it was at the end of its last epoch.
+        """
+        run, config, ledger = self.run, self.config, replace(self.run.ledger)
         masks = self.method.candidates(run)
         judges = self.data.train if config.finetune.sample_from_training_set else self.data.holdout
-        with self.timed("seconds"):
-            subnets, merits = [], []
-            for mask_U in masks:
-                subnets.append(self.calibrated(mask_U))
-                if self.method.has_scores:  # others have a single candidate
-                    merits.append(self.merit(self.evaluate_on(subnets[-1], judges)))
-                    self.add_passes(len(judges), subnets[-1])
-            chosen = max(range(len(merits)), key=merits.__getitem__, default=0)  # ties: the top-scored one
-            subnet = subnets[chosen]
-            heldout, test = self.evaluate_heldout(subnet), self.evaluate_on(subnet, self.data.test)
-        if merits:
-            drawn = [accuracy for accuracy, _ in merits[1:]]
-            run.choice = {
-                "chosen_candidate": chosen,
-                "top_scored_top1": merits[0][0],
-                "drawn_top1_mean": float(np.mean(drawn)) if drawn else math.nan,
-                "drawn_top1_sd": float(np.std(drawn)) if drawn else math.nan,
-            }
-        run.best = Best(subnet, run.epoch, heldout, test)
-        self.reporter.choice(run, len(subnets))
-        self.save(best=True)  # the weights of best.pt are those of the search's end
-        if config.finetune.finetune:
-            fix_subnet(run, config, subnet)
-        else:
-            run.phase, run.subnet = "done", subnet
+        try:
+            with self.timed("seconds"):
+                subnets, merits = [], []
+                for mask_U in masks:
+                    subnets.append(self.calibrated(mask_U))
+                    if self.method.has_scores:  # others have a single candidate
+                        merits.append(self.merit(self.evaluate_on(subnets[-1], judges)))
+                        self.add_passes(len(judges), subnets[-1])
+                    self.stop_or_save()
+                chosen = max(range(len(merits)), key=merits.__getitem__, default=0)  # ties: the top-scored one
+                subnet = subnets[chosen]
+                heldout, test = self.evaluate_heldout(subnet), self.evaluate_on(subnet, self.data.test)
+        except BaseException:
+            run.ledger = ledger
+            raise
+        check_losses(run, self.last_settings, held_out=heldout.get("loss", 0.0))
+        with self.changing():
+            if merits:
+                drawn = [accuracy for accuracy, _ in merits[1:]]
+                run.choice = {
+                    "chosen_candidate": chosen,
+                    "top_scored_top1": merits[0][0],
+                    "drawn_top1_mean": float(np.mean(drawn)) if drawn else math.nan,
+                    "drawn_top1_sd": float(np.std(drawn)) if drawn else math.nan,
+                }
+            run.remember_best(config, self.data, subnet, heldout, test)  # with the weights of the search's end
+            self.reporter.choice(run, len(subnets))
+            if config.finetune.finetune:
+                fix_subnet(run, config, subnet)
+            else:
+                run.phase, run.subnet = "done", subnet
         self.save()
 
     # ---- small helpers ----------------------------------------------------------------------------------------
 
-    def save(self, best: bool = False, epoch_end: bool = False) -> None:
-        """As `Reporter.save`. A checkpoint cannot hold the time of its own writing; the next one does."""
-        with self.timed("seconds"):
-            self.reporter.save(self.run, best, epoch_end)
+    def save(self, epoch_end: bool = False) -> bool:
+        """As `Reporter.save`. A checkpoint cannot hold the time of its own writing; the next one does.
 
-    def check_finite(self) -> None:
-        loss = self.run.sums.means().get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"the training loss is {loss} after step {self.run.step} of epoch {self.run.epoch + 1}; the last "
-                f"checkpoint is from before. Lower --weight-lr (now {self.config.train.weight_lr}) or --clip-norm"
-            )
+        Raises: Diverged rather than save what is not finite.
+        """
+        check_tensors(self.run, self.last_settings)
+        with self.timed("seconds"):
+            saved = self.reporter.save(self.run, epoch_end)
+        self.saved_at = (time.monotonic(), self.run.steps)
+        return saved
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around everything that changes the run: if it is interrupted inside, it cannot go on from what is left."""
+        self.is_whole = False
+        yield
+        self.is_whole = True
 
     def check_ranks(self) -> None:
         """Raises RankError unless all ranks still train the same network."""
         check_equal(self.run.replicated(), f"after {self.run.epoch} epochs and {self.run.step} steps")
 
-    def stop_if_asked(self) -> None:
-        """Raises Stopped on all ranks as soon as a signal has reached one of them."""
-        if (number := agreed_signal(self.stop.signal)) is not None:
+    def stop_or_save(self) -> bool:
+        """Whether a save is due, on all ranks alike.
+
+        Raises: Stopped on all ranks as soon as a signal has reached one of them.
+        """
+        wanted = self.config.run
+        seconds, steps = time.monotonic() - self.saved_at[0], self.run.steps - self.saved_at[1]
+        is_due = (rank() == 0 and 0 < wanted.save_interval <= seconds) or 0 < wanted.save_steps <= steps
+        number, is_due = agreed([self.stop.signal or 0, int(is_due)])
+        if number:
             self.stop.signal = number
             raise Stopped
-
-    def progress_values(self) -> dict[str, float]:
-        means = self.run.sums.means()
-        return {
-            "loss": means["loss"],
-            "top1": 100 * means["top1"],
-            "keep": float(self.run.network.scores.mean()) if self.run.search is not None else self.kept_units,
-        }
-
-    @property
-    def kept_units(self) -> float:
-        mask_U = self.run.plan.mask_U
-        return float(mask_U.mean()) if len(mask_U) else 1.0
+        return bool(is_due)
 
     @contextmanager
     def timed(self, clock: str, now: Callable[[], float] | None = None) -> Iterator[None]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,14 @@ from trainers.state import RunState
 from utils.algorithm.decision import AGREEMENT, ENTROPY_LEFT
 from utils.channels.subnet import Subnet
 from utils.ranks.exchange import num_ranks
-from utils.run import checkpoint
 from utils.run.board import Board
+from utils.run.checkpoint import LAST
 from utils.run.folder import write_arrays, write_csv, write_json
 from utils.run.progress import announce
+from utils.run.refusals import Refusals
+from utils.run.store import Store
+
+EVENTS = "the event file of TensorBoard"
 
 
 class Reporter:
@@ -31,18 +34,27 @@ class Reporter:
     Args:
         folder: of the run, with `checkpoints/`.
         run: as it starts. What an interrupted run reported beyond its finished steps is dropped.
+        goes_on_from: name of the checkpoint that it was restored from; None for a run before its first step.
     """
 
-    def __init__(self, folder: Path, config: Config, data: DataSplits, run: RunState) -> None:
+    def __init__(
+        self, folder: Path, config: Config, data: DataSplits, run: RunState, goes_on_from: str | None = None
+    ) -> None:
         self.folder, self.config, self.data = folder, config, data
-        self.save_failed = False
-        (folder / "summary.json").unlink(missing_ok=True)  # of a run that was finished before it became longer
+        self.refusals = Refusals()
+        self.store = Store(folder, self.refusals, goes_on_from == LAST)
+        # a checkpoint holds the weights, as many numbers of momentum, and the weights of the result
+        weights = run.network.model.state_dict().values()
+        self.store.warn_if_short(3 * sum(weight.numel() * weight.element_size() for weight in weights))
+        with self.refusals.tolerated("summary.json"):  # that of a run which was finished before it became longer
+            (folder / "summary.json").unlink(missing_ok=True)
         self._write_rows(run)
         self.board = Board(folder, purge_step=run.steps + 1 if run.steps else None)
-        self.board.layout(curves.PAGES)
-        self.board.hyperparameters(
-            curves.columns(), curves.hyperparameters(config), dict(curves.RESULTS.values()), curves.FIRST_COLUMNS
-        )
+        with self._curves():
+            self.board.layout(curves.PAGES)
+            self.board.hyperparameters(
+                curves.columns(), curves.hyperparameters(config), dict(curves.RESULTS.values()), curves.FIRST_COLUMNS
+            )
 
     def start(self, run: RunState, settings: StepSettings, steps: int) -> None:
         """The state before the first step; a resumed run has told it.
@@ -55,7 +67,7 @@ class Reporter:
             run.score_history.add(0, run.network.scores)
         self._write_scores(run)
         if run.steps == 0:
-            with unless_refused("the curves before the first step"):
+            with self._curves():
                 self.board.scalars(0, curves.point(run, settings, steps))
                 self._write_pictures(run)
                 if run.subnet is not None:
@@ -64,7 +76,7 @@ class Reporter:
     def step_end(self, run: RunState, settings: StepSettings, steps: int) -> None:
         """Now and then a point of the curves within an epoch; the one at its end is written by `epoch_end`."""
         if curves.is_point_due(run.step, steps):
-            with unless_refused(f"the curves at step {run.steps}"):
+            with self._curves():
                 self.board.scalars(run.steps, curves.point(run, settings, steps))
 
     def epoch_end(
@@ -116,8 +128,9 @@ class Reporter:
         run.history.append({**where, **{name: values.get(name, "") for name in curves.TAGS}, **clocks})
         if run.search is not None:
             run.score_history.add(run.epoch, network.scores)
-        with unless_refused(f"the report of epoch {run.epoch}"):
-            self._write(run, settings, values)
+        with self._curves():
+            self._write_curves(run, settings, values)
+        self._write_rows(run)
         seen = (("held-out", heldout), ("test", test))
         accuracies = "".join(f", {name} {metrics['top1']:.2f} %" for name, metrics in seen if metrics)
         announce(
@@ -127,20 +140,20 @@ class Reporter:
             f"{values['step_ms']:.0f} ms a step"
         )
 
-    def _write(self, run: RunState, settings: StepSettings, values: dict[str, float]) -> None:
+    def _write_curves(self, run: RunState, settings: StepSettings, values: dict[str, float]) -> None:
         steps = self.data.train.num_train_batches(run.batch_size(self.config))
         wait = {"perf/data_wait_percent": 100 * run.data_seconds / max(run.epoch_seconds, 1e-9)}
         shown = {curves.TAGS[name]: value for name, value in values.items()}
         self.board.scalars(run.steps, curves.point(run, settings, steps) | wait | shown)
         self._write_pictures(run)
         self.board.flush()
-        self._write_rows(run)
 
     def _write_rows(self, run: RunState) -> None:
         if run.history:
             columns = run.history[-1]  # rows that an older version wrote may lack some
             rows = [{name: row.get(name, "") for name in columns} for row in run.history]
-            write_csv(self.folder / "results.csv", rows)
+            with self.refusals.tolerated("results.csv"):
+                write_csv(self.folder / "results.csv", rows)
 
     def _write_pictures(self, run: RunState) -> None:
         if run.search is not None:
@@ -154,7 +167,7 @@ class Reporter:
         self.board.subnet(run.steps, dict(parts))
 
     def _write_scores(self, run: RunState) -> None:
-        with unless_refused("scores.npz"):
+        with self.refusals.tolerated("scores.npz"):
             if record := run.score_record():
                 write_arrays(self.folder / "scores.npz", record)
 
@@ -166,56 +179,62 @@ class Reporter:
         if self.config.ends_when_decided and run.decision is not None:
             announce(end_of_search(run, self.config))
         announce(f"{how}: {kept} of {run.network.num_units} units, test {run.best.test['top1']:.2f} %")
-        with unless_refused("the picture of the chosen subnet"):
+        with self._curves():
             self._write_subnet(run, run.best.subnet)
             fixed = " From here on the chosen subnet is trained alone." if self.config.finetunes else ""
             self.board.text(
                 "phase", f"The search ended at step {run.steps}, after {run.epoch} epochs.{fixed}", run.steps
             )
 
-    def save(self, run: RunState, best: bool = False, epoch_end: bool = False) -> None:
-        """Writes last.pt, with `best` also best.pt, at the end of every `save_every`-th epoch a numbered one too.
+    def save(self, run: RunState, epoch_end: bool = False) -> bool:
+        """Writes the checkpoints, at the end of every `save_every`-th epoch a numbered one too, then scores.npz.
 
-        Then scores.npz. A disk that refuses is reported and the run goes on.
+        A disk that refuses is reported and the run goes on.
+
+        Returns: whether the run can go on from here.
         """
-        folder = self.folder / "checkpoints"
-        state = run.state_dict(self.config, self.data)
-        files = {folder / "last.pt": state}
-        if best:
-            files[folder / "best.pt"] = run.best_state(self.config, self.data)
         every = self.config.run.save_every
-        if epoch_end and every and run.epoch % every == 0:
-            files[folder / f"epoch_{run.epoch}.pt"] = state
-        self.save_failed = False
-        for path, content in files.items():
-            try:
-                checkpoint.save(path, content)
-            except checkpoint.CheckpointError as error:
-                self.save_failed = True
-                announce(f"warning: {error}; training goes on without it")
+        numbered = f"epoch_{run.epoch}.pt" if epoch_end and every and run.epoch % every == 0 else None
+        saved = self.store.save(run.state_dict(self.config, self.data), numbered)
         self._write_scores(run)
+        return saved
 
-    def finish(self, run: RunState) -> dict[str, Any]:
-        """summary.json, the hyper-parameters in TensorBoard, and the last lines for the terminal."""
+    def finish(self, run: RunState) -> dict[str, Any] | None:
+        """summary.json, the last file of a run, and in TensorBoard the hyper-parameters.
+
+        Returns: the content of summary.json; None if that was not written because another file is missing or old. Then
+            the run can be resumed, which writes all of them.
+        """
+        self.store.copy_result(run.best.content)
+        if not self.refusals.reasons.keys() <= {EVENTS}:
+            return None
         summary = summarise(run, self.config, self.data, self.folder)
-        write_json(self.folder / "summary.json", summary)
-        lines = [f"    {name}: {value}" for name, value in summary.items()]
-        self.board.text("summary", "\n".join(lines), run.steps)
-        results = {tag: summary[name] for name, (tag, _) in curves.RESULTS.items() if summary[name] is not None}
-        self.board.scalars(run.steps, results)
-        self.board.finished()
-        self.board.close()
+        with self.refusals.tolerated("summary.json"):
+            write_json(self.folder / "summary.json", summary)
+        if "summary.json" in self.refusals.reasons:
+            return None
+        with self._curves():
+            lines = [f"    {name}: {value}" for name, value in summary.items()]
+            self.board.text("summary", "\n".join(lines), run.steps)
+            results = {tag: summary[name] for name, (tag, _) in curves.RESULTS.items() if summary[name] is not None}
+            self.board.scalars(run.steps, results)
+            self.board.finished()
+            self.board.close()
         return summary
 
     def close(self) -> None:
-        self.board.close()
+        with self._curves():
+            self.board.close()
+
+    def _curves(self) -> AbstractContextManager[None]:
+        return self.refusals.tolerated(EVENTS)
 
 
 class SilentReporter(Reporter):
     """The reporter of all ranks but the first: it has no folder and writes nothing."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.save_failed = config, False
+        self.config, self.refusals = config, Refusals()
 
     def start(self, *_: object) -> None:
         pass
@@ -229,20 +248,22 @@ class SilentReporter(Reporter):
     def choice(self, *_: object) -> None:
         pass
 
-    def save(self, run: RunState, best: bool = False, epoch_end: bool = False) -> None:
-        pass
+    def save(self, run: RunState, epoch_end: bool = False) -> bool:
+        return True
 
     def close(self) -> None:
         pass
 
 
-@contextmanager
-def unless_refused(what: str) -> Iterator[None]:
-    """Says so if the disk refuses what is written inside, such as a full one. It is no reason to lose the training."""
-    try:
-        yield
-    except OSError as error:
-        announce(f"warning: {what} could not be written ({error}); training goes on")
+def progress_values(run: RunState) -> dict[str, float]:
+    """What the progress of a run shows beside its speed. Waits for the device."""
+    means, mask_U = run.sums.means(), run.plan.mask_U
+    kept = float(mask_U.mean()) if len(mask_U) else 1.0
+    return {
+        "loss": means["loss"],
+        "top1": 100 * means["top1"],
+        "keep": kept if run.search is None else float(run.network.scores.mean()),
+    }
 
 
 def end_of_search(run: RunState, config: Config) -> str:

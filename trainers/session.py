@@ -8,51 +8,43 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from args import OPTIONS, TWO_PHASE, Arguments, Config, check_resume, config_from_dict, config_to_dict, config_to_yaml
+from args import Arguments, Config, check_resume, config_from_dict, config_to_dict, config_to_yaml
 from data import Augmentation, DataSplits, build_data
 from models import allow
 from trainers.automatic import settled, undecided
 from trainers.build import lengthen, new_run, restore_model, restore_run, with_layout_of_start
 from trainers.devices import check_ranks, find_device, gpus_to_start, starter
-from trainers.recipe import Diverged, Recipe, Stopped
+from trainers.divergence import Diverged
+from trainers.recipe import Recipe, Stopped
 from trainers.report import Reporter, SilentReporter, describe
 from trainers.result import accuracies, print_result
 from trainers.state import RunState
+from trainers.stored import (
+    Stored,
+    find_run,
+    finished,
+    fits_a_run,
+    folder_names,
+    growth_of,
+    is_complete,
+    read_run,
+)
 from utils.channels.subnet import Subnet
 from utils.choices import named_again
 from utils.errors import UserError
-from utils.options import AUTO, worded
+from utils.options import AUTO
 from utils.ranks.exchange import check_equal, first_on_each_machine, joined, num_ranks, rank, wait_for_all
-from utils.ranks.launch import become_torchrun
-from utils.run import checkpoint
-from utils.run.folder import (
-    BEST,
-    LAST,
-    base_folder,
-    checkpoint_of,
-    create_run_folder,
-    environment_facts,
-    lock,
-    resolve_run,
-    write_facts,
-)
+from utils.ranks.launch import become_torchrun, rank_here
+from utils.run.checkpoint import LAST
+from utils.run.folder import checkpoint_of, create_run_folder, environment_facts, write_facts
+from utils.run.lock import lock
 from utils.run.progress import announce
 from utils.run.signals import StopRequest
 
-DIVERGED = 3  # exit code
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A checkpoint that a start names, and the folder of its run."""
-
-    folder: Path
-    file: Path
-    state: dict[str, Any]
+UNWRITTEN, DIVERGED = 1, 3  # exit codes
 
 
 @dataclass(frozen=True)
@@ -74,12 +66,17 @@ class Session:
             announce(f"note: {notice}")
         if config.run.resume is None:
             return self._on_devices(config, self._begin)
-        stored = find_run(config)
-        config = check_resume(config_from_dict(stored.state["config"], str(stored.file)), self.arguments)
-        if config.run.print_config:
-            print(config_to_yaml(config), end="")
-            return 0
-        return self._on_devices(config, partial(self._go_on, stored))
+        folder, named = find_run(config)
+        reads = config.run.evaluate or config.run.dry_run or config.run.print_config
+        # The lock before the files, so that nobody changes them in between.
+        with nullcontext() if reads or rank_here() > 0 else lock(folder):
+            stored = read_run(folder, named, config)
+            place = str(stored.file or folder / "config.yaml")
+            config = check_resume(config_from_dict(stored.state["config"], place), self.arguments)
+            if config.run.print_config:
+                print(config_to_yaml(config), end="")
+                return 0
+            return self._on_devices(config, partial(self._go_on, stored))
 
     def _on_devices(self, config: Config, work: Callable[[Config, torch.device], int]) -> int:
         """Does the work on the device of this process, or in new processes, one for each of several GPUs."""
@@ -90,8 +87,12 @@ class Session:
         with joined(device):
             return work(config, device)
 
-    def _begin(self, config: Config, device: torch.device) -> int:
-        """A run from its first step."""
+    def _begin(self, config: Config, device: torch.device, folder: Path | None = None) -> int:
+        """A run from its first step.
+
+        Args:
+            folder: that it already has, if it was killed before its first checkpoint.
+        """
         config = with_layout_of_start(config)
         data = load_data(config, device)
         config = settled(config, data)
@@ -100,13 +101,19 @@ class Session:
         describe(config, data, run)
         if config.run.dry_run:
             return dry_run(config, data, run)
-        folder = None
-        if rank() == 0:
-            folder = create_run_folder(config.run.log_dir, *folder_names(config))
-        return self._train(config, data, run, folder)
+        if folder is not None:
+            announce("this run ended before it had written a checkpoint, so it starts afresh")
+            return self._train(config, data, run, folder)
+        if rank() > 0:
+            return self._train(config, data, run, None)
+        folder = create_run_folder(config.run.log_dir, *folder_names(config))
+        with lock(folder):
+            return self._train(config, data, run, folder)
 
     def _go_on(self, stored: Stored, config: Config, device: torch.device) -> int:
         """A run from a checkpoint, or its evaluation."""
+        if stored.file is None:
+            return self._begin(config, device, stored.folder)
         if config.run.evaluate:
             return evaluate_stored(config, stored, device)
         if "weight_optimizer" not in stored.state:
@@ -119,46 +126,100 @@ class Session:
                 f"the images under --data {config.data.data} are not those that {stored.file} was trained on: they "
                 f"have {difference}. Point --data at the same files, or start a new run on these"
             )
-        run = new_run(config, data, device, stored.state)
-        restore_run(run, stored.state, config)
+        with fits_a_run(stored.file):
+            run = new_run(config, data, device, stored.state)
+            restore_run(run, stored.state, config)
         describe(config, data, run)
         if not lengthen(run, config):
-            raise UserError(finished(stored.folder, config))
+            if config.run.dry_run or is_complete(stored.folder, run):
+                raise UserError(finished(stored.folder, config))
+            announce("the run is finished, but not all of its result was written; writing it now")
         if config.run.dry_run:
             return dry_run(config, data, run)
         announce(f"going on from {stored.file}: {run.phase}, {run.epoch} epochs and {run.step} steps done")
         if growth := growth_of(stored, config):
             announce(growth)
-        return self._train(config, data, run, stored.folder)
+        return self._train(config, data, run, stored.folder, stored.file.name)
 
-    def _train(self, config: Config, data: DataSplits, run: RunState, folder: Path | None) -> int:
-        """Runs the recipe. Only the first rank writes; the others may not even know the folder."""
+    def _train(
+        self, config: Config, data: DataSplits, run: RunState, folder: Path | None, goes_on_from: str | None = None
+    ) -> int:
+        """Runs the recipe. Only the first rank writes; the others may not even know the folder.
+
+        Args:
+            folder: of the run, which this process has locked.
+            goes_on_from: name of the checkpoint that the run was restored from.
+        """
         announce(f"run folder: {folder}")
-        writes = rank() == 0
-        with lock(folder) if writes else nullcontext(), StopRequest(second_ends=num_ranks() == 1) as stop:
-            if writes:
-                self._write_facts(config, folder, run.network.device)
-            reporter = Reporter(folder, config, data, run) if writes else SilentReporter(config)
-            try:
-                Recipe(config, data, run, reporter, stop).execute()
-            except Stopped:
-                reporter.save(run)
-                if writes:
-                    how = shlex.join([*starter(config), "main.py", "--resume", checkpoint_of(folder, LAST)])
-                    how += named_again(config.model.arch)
-                    announce(f"stopped after step {run.step} of epoch {run.epoch + 1}, saved; go on with: {how}")
-                code = stop.exit_code
-            except Diverged as error:
-                announce(f"error: {error}")
-                code = DIVERGED
+        with StopRequest(second_ends=num_ranks() == 1) as stop:
+            if rank() == 0:
+                reporter = Reporter(folder, config, data, run, goes_on_from)
+                with reporter.refusals.tolerated("config.yaml, env.json or command.txt"):
+                    self._write_facts(config, folder, run.network.device)
             else:
-                if writes:
-                    print_result(reporter.finish(run), config)
-                code = 1 if reporter.save_failed else 0
+                reporter = SilentReporter(config)
+            recipe = Recipe(config, data, run, reporter, stop)
+            try:
+                code = self._execute(recipe)
             finally:
                 reporter.close()
             wait_for_all()  # the first rank that ends with an error code has the others killed
             return code
+
+    def _execute(self, recipe: Recipe) -> int:
+        """Runs what is left of the recipe; saves what is whole, however it ends."""
+        reporter = recipe.reporter
+        try:
+            try:
+                recipe.execute()
+            except Stopped:
+                return recipe.stop.exit_code if self._leave(recipe) else UNWRITTEN
+            except Diverged:
+                raise
+            except Exception:
+                if recipe.is_whole:
+                    self._leave(recipe)
+                raise
+        except Diverged as error:
+            announce(f"error: {error}. {self._what_is_kept(recipe)}")
+            return DIVERGED
+        if rank() > 0:
+            return 0
+        summary, missing = reporter.finish(recipe.run), reporter.refusals.reasons
+        if summary is not None:
+            print_result(summary, recipe.config)
+        if missing:
+            reasons = "; ".join(f"{name} ({reason})" for name, reason in missing.items())
+            remedy = f". Go on with what follows, which writes it: {self._how_to_go_on(recipe)}"
+            announce(
+                f"error: the training is done, with test {recipe.run.best.test['top1']:.2f} %, but not all could be "
+                f"written: {reasons}{'' if summary else remedy}"
+            )
+        return UNWRITTEN if missing else 0
+
+    def _leave(self, recipe: Recipe) -> bool:
+        """Saves a run that ends before it is done, and says how to go on. Returns whether it was saved."""
+        run, saved = recipe.run, recipe.save()
+        if rank() > 0:
+            return saved
+        how, where = self._how_to_go_on(recipe), f"stopped after step {run.step} of epoch {run.epoch + 1}"
+        if saved:
+            announce(f"{where}, saved; go on with: {how}")
+        elif (recipe.reporter.folder / "checkpoints" / LAST).is_file():
+            announce(f"error: {where}, which could not be saved; go on from the last checkpoint with: {how}")
+        else:
+            announce(f"error: {where}, which could not be saved, and there is no checkpoint; train again")
+        return saved
+
+    def _what_is_kept(self, recipe: Recipe) -> str:
+        if rank() == 0 and not (recipe.reporter.folder / "checkpoints" / LAST).is_file():
+            return "There is no checkpoint from before"
+        return "The last checkpoint is from before"
+
+    def _how_to_go_on(self, recipe: Recipe) -> str:
+        file = checkpoint_of(recipe.reporter.folder, LAST)
+        command = shlex.join([*starter(recipe.config), "main.py", "--resume", file])
+        return command + named_again(recipe.config.model.arch)
 
     def _write_facts(self, config: Config, folder: Path, device: torch.device) -> None:
         """Options, command and environment of this start. The options written train a new run, they do not resume."""
@@ -172,61 +233,6 @@ class Session:
             command=[*starter(config), *self.command],
             environment=environment_facts(device) | {"ranks": num_ranks()},
         )
-
-
-def folder_names(config: Config) -> tuple[str, str, float]:
-    """What the folder of a run is named after: config file, name and kept fraction."""
-    stem = Path(config.run.config).stem if config.run.config else "no_config"
-    kept = 1.0 if config.method == "dense" else config.sparsity.keep_ratio
-    return stem, config.run.name or config.model.arch.replace(":", "."), kept
-
-
-def find_run(given: Config) -> Stored:
-    """The checkpoint that `resume` means; for an evaluation that of the result.
-
-    Raises: UserError if there is none, or it is no checkpoint of a run.
-    """
-    where = given.run.resume
-    if where == "auto":
-        where = base_folder(given.run.log_dir, *folder_names(given))
-        if not where.is_dir():
-            raise UserError(
-                f"no run to resume in {where}; start one without --resume, or give its folder with --resume PATH"
-            )
-    folder, file = resolve_run(where, (BEST, LAST) if given.run.evaluate else (LAST,))  # the result is in BEST
-    state = checkpoint.load(file)
-    if "config" not in state:
-        raise UserError(f"{file} is not a checkpoint of a run; pass a run folder or its checkpoints/last.pt")
-    return Stored(folder, file, state)
-
-
-def finished(folder: Path, config: Config) -> str:
-    """What may be done with a finished run, for one that was to be resumed."""
-    again = named_again(config.model.arch)
-    best, last = (f"{shlex.quote(checkpoint_of(folder, name))}{again}" for name in (BEST, LAST))
-    if config.ends_when_decided or config.method not in TWO_PHASE:
-        longer = f"--epochs N with N above {config.train.epochs}"
-    elif config.finetunes:
-        longer = f"--finetune-epochs N with N above {config.finetune.finetune_epochs}"
-    else:  # further epochs have nothing to train until its subnet is fine-tuned
-        longer = "--finetune --finetune-epochs N"
-    return (
-        f"the run in {folder} is finished. --evaluate --resume {best} prints its result, --resume {last} {longer} "
-        f"trains it longer, and --pretrained {best} starts another run from it"
-    )
-
-
-def growth_of(stored: Stored, config: Config) -> str:
-    """What is longer than in the checkpoint, and the rule of the schedules; empty if nothing is."""
-    before, now = stored.state["config"], config_to_dict(config)
-    grown = [key for key, entry in OPTIONS.items() if entry.resumed == "may grow" and now[key] != before[key]]
-    if not grown:
-        return ""
-    told = ", ".join(f"{key} {worded(before[key])} -> {worded(now[key])}" for key in grown)
-    return (
-        f"longer than before: {told}. From here on learning rates and budget are those of a run of "
-        f"{config.total_epochs} epochs that had this length from the start; a search that has ended stays ended"
-    )
 
 
 def evaluate_stored(config: Config, stored: Stored, device: torch.device) -> int:
@@ -252,16 +258,17 @@ def evaluate_stored(config: Config, stored: Stored, device: torch.device) -> int
             f"{config.data.data}{'' if elsewhere else ', which have changed since'}, normalised with the mean and "
             "standard deviation that it was trained with"
         )
-    run = new_run(config, data, device, state)
-    network = run.network
-    restore_model(network, state)
-    recipe = Recipe(config, data, run, reporter=None, stop=None)
-    run.phase = state["phase"]
-    if has_subnet:
-        subnet = Subnet.from_state_dict(state["subnet"], network.device)
-    else:
-        restore_run(run, state, config)
-        subnet = recipe.current_subnet(config.sparsity.keep_ratio)
+    with fits_a_run(stored.file):
+        run = new_run(config, data, device, state)
+        network = run.network
+        restore_model(network, state)
+        recipe = Recipe(config, data, run, reporter=None, stop=None)
+        run.phase = state["phase"]
+        if has_subnet:
+            subnet = Subnet.from_state_dict(state["subnet"], network.device)
+        else:
+            restore_run(run, state, config)
+            subnet = recipe.current_subnet(config.sparsity.keep_ratio)
     test = recipe.evaluate_on(subnet, data.test)
     plan = network.plan(subnet.mask_U)
     print(

@@ -79,14 +79,33 @@ class Search:
     replay: Replay | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Best:
-    """The state with the best held-out accuracy so far: what is reported, and stored as best.pt."""
+    """The state with the best held-out accuracy so far: what is reported, and stored as best.pt.
+
+    Attributes:
+        subnet: that it is best with.
+        content: of best.pt, on the host. Training goes on without changing it.
+    """
 
     subnet: Subnet
-    epoch: int
-    heldout: dict[str, float]
-    test: dict[str, float]
+    content: dict[str, Any]
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any], device: torch.device) -> Best:
+        return cls(Subnet.from_state_dict(content["subnet"], device), content)
+
+    @property
+    def epoch(self) -> int:
+        return self.content["epoch"]
+
+    @property
+    def heldout(self) -> dict[str, float]:
+        return self.content["heldout"]
+
+    @property
+    def test(self) -> dict[str, float]:
+        return self.content["test"]
 
 
 class ScoreHistory:
@@ -253,21 +272,39 @@ class RunState:
             "stored_units": torch.from_numpy(self.network.stored_units),
         }
 
-    def best_state(self, config: Config, data: DataSplits) -> dict[str, Any]:
-        """The content of best.pt: the weights of now, or their average, with the subnet that they are best with.
+    def remember_best(
+        self, config: Config, data: DataSplits, subnet: Subnet, heldout: dict[str, float], test: dict[str, float]
+    ) -> None:
+        """Makes the state of now the result: the weights, or their average, with the subnet that they are best with.
 
         Beside its configuration this is all that somebody needs who takes the network home: the widths of its layers
         (kept output channels by name), the images that it reads, how accurate it is, and the epoch that it is from.
         """
         network, stored = self.network, self.model_state(config, data)
-        return {
+        content = {
             **stored,
             "model": {**stored["model"], **(self.average or {})},
-            "widths": network.graph.layer_widths(network.plan(self.best.subnet.mask_U).counts),
-            "subnet": self.best.subnet.state_dict(),
-            "heldout": self.best.heldout,
-            "test": self.best.test,
+            "widths": network.graph.layer_widths(network.plan(subnet.mask_U).counts),
+            "subnet": subnet.state_dict(),
+            "heldout": heldout,
+            "test": test,
         }
+        self.best = Best(subnet, _on_host(content))
+
+    def first_not_finite(self) -> str | None:
+        """The name of the first tensor of a checkpoint that is not finite, or None. Waits for the device.
+
+        Weights, statistics, scores, averages, memories of optimizers and estimator, and the result's statistics.
+        """
+        tensors = self.replicated()
+        for name, pair in self.best.subnet.statistics.items() if self.best else ():
+            tensors |= {f"{name}.{key} of the result": value for key, value in zip(("mean", "var"), pair, strict=True)}
+        flags: dict[torch.device, list[Tensor]] = {}  # Adam counts its steps on the host
+        for value in tensors.values():
+            flags.setdefault(value.device, []).append(value.isfinite().all())
+        if all(torch.stack(of_device).all() for of_device in flags.values()):
+            return None
+        return next(name for name, value in tensors.items() if not value.isfinite().all())
 
     def state_dict(self, config: Config, data: DataSplits) -> dict[str, Any]:
         """Everything. A run restored from it goes on as if it had never stopped."""
@@ -279,7 +316,7 @@ class RunState:
             "at_last_point": self.at_last_point,
             "weight_optimizer": self.weight_optimizer.state_dict(),
             "subnet": self.subnet and self.subnet.state_dict(),
-            "best": self.best and {**vars(self.best), "subnet": self.best.subnet.state_dict()},
+            "best": self.best and self.best.content,
             "sums": self.sums.state_dict(),
             "epoch_cost": self.epoch_cost.state_dict(),
             "ledger": self.ledger.state_dict(),
@@ -293,6 +330,15 @@ class RunState:
             "score_history": self.score_history.state_dict(),
             "search": None if self.search is None else _search_state(self.search),
         }
+
+
+def _on_host(value: Any) -> Any:
+    """A copy of a nested state whose tensors are on the host, and in no other one's memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, _on_host(entry)) for key, entry in value.items())
+    return [_on_host(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _search_state(search: Search) -> dict[str, Any]:

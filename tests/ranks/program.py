@@ -36,7 +36,7 @@ from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
 from utils.channels.shrink import drop_dead_units
 from utils.errors import RankError
-from utils.ranks.exchange import agreed_signal, check_equal, joined, num_ranks, rank
+from utils.ranks.exchange import agreed, check_equal, joined, num_ranks, rank
 from utils.run.metrics import CostLedger
 
 RANKS, STEPS, BATCH_SIZE, SHRINK_AFTER = 2, 5, 9, 2
@@ -179,7 +179,7 @@ def steps(folder: Path) -> None:
             "dense": train_dense(),
             "evaluations": evaluate_sets(),
             "difference": difference(),
-            "signals": [agreed_signal(signal.SIGTERM if rank() == 1 else None), agreed_signal(None)],
+            "signals": [agreed([signal.SIGTERM if rank() == 1 else 0])[0], agreed([0])[0]],
         }
         torch.save(results, folder / f"rank{rank()}.pt")
 

@@ -140,7 +140,7 @@ def test_a_truncated_checkpoint_is_refused(path: Path) -> None:
     content = path.read_bytes()
     for length in (0, 1, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(UserError, match=r"last\.pt is damaged .*use an older one, for example best\.pt"):
+        with pytest.raises(UserError, match=r"last\.pt is damaged .*; pass a checkpoint of a run"):
             load(path)
 
 
@@ -149,7 +149,7 @@ def test_a_flipped_bit_in_a_tensor_is_refused_although_torch_loads_it(path: Path
     content[content.index(torch.full((3, 4), 1.0).numpy().tobytes())] ^= 1
     path.write_bytes(content)
     assert torch.load(path, weights_only=True)["model"]["weight"][0, 0] != 1.0
-    with pytest.raises(UserError, match=r"damaged \(wrong checksum in .*data/\d+\)"):
+    with pytest.raises(UserError, match=r"damaged .*\(BadZipFile: wrong checksum in .*data/\d+\)"):
         load(path)
 
 

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,24 +16,26 @@ import pytest
 
 from utils.errors import UserError
 from utils.run import folder as run_folder
+from utils.run import lock as run_lock
 from utils.run.folder import (
     base_folder,
     checkpoint_of,
     create_run_folder,
     environment_facts,
-    lock,
     resolve_run,
     write_arrays,
     write_csv,
     write_facts,
     write_json,
 )
+from utils.run.lock import SILENCE, lock
 
 # Makes ten run folders, each as soon as its twin is ready for the same one; then holds the first one locked.
 TWIN = """
 import sys, time
 from pathlib import Path
-from utils.run.folder import create_run_folder, lock
+from utils.run.folder import create_run_folder
+from utils.run.lock import lock
 root, own, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 folders = []
 for number in range(10):
@@ -116,12 +119,32 @@ def test_a_locked_folder_is_refused_and_taken_over_when_its_process_is_killed(tw
     assert (folders[0] / "run.lock").read_text() == ""
 
 
-def test_a_lock_left_on_another_host_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run.lock").write_text("process 7 on elsewhere")
-    message = r"in use by process 7 on elsewhere; if that has ended, delete .*run\.lock"
+def test_a_lock_of_another_host_holds_until_it_is_silent(tmp_path: Path) -> None:
+    file = tmp_path / "run.lock"
+    file.write_text("process 7 on elsewhere")
+    message = r"in use by process 7 on elsewhere, whose last sign of life is \d+ seconds old; .* delete .*run\.lock"
     with pytest.raises(UserError, match=message), lock(tmp_path):
         pass
-    (tmp_path / "run.lock").unlink()
+    long_ago = file.stat().st_mtime - SILENCE - 1
+    os.utime(file, (long_ago, long_ago))
+    with lock(tmp_path):
+        assert f"process {os.getpid()} on" in file.read_text()
+
+
+def test_a_held_lock_shows_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "BEAT", 0.01)
+    file = tmp_path / "run.lock"
+    with lock(tmp_path):
+        os.utime(file, (0, 0))
+        until = time.monotonic() + 10
+        while file.stat().st_mtime == 0 and time.monotonic() < until:
+            time.sleep(0.01)
+        touched = file.stat().st_mtime
+    assert touched > 0
+
+
+def test_a_lock_file_may_hold_anything(tmp_path: Path) -> None:
+    (tmp_path / "run.lock").write_bytes(bytes(range(256)) * 100)
     with lock(tmp_path):
         pass
 

@@ -329,16 +329,6 @@ def test_a_mistake_is_one_sentence_and_exit_code_2():
     assert "Traceback" not in result.stderr
 
 
-def test_a_report_that_cannot_be_written_does_not_end_the_training(program, monkeypatch, capsys):
-    def full_disk(*_args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("trainers.report.write_csv", full_disk)
-    assert program("--epochs", "1", "--no-finetune") == 0
-    assert "the report of epoch 1 could not be written" in capsys.readouterr().out
-    assert (folder_of() / "summary.json").exists()
-
-
 @pytest.mark.slow  # test_ledger.py counts such steps one by one
 def test_cheaper_structure_steps_cost_less_in_the_ledger(program):
     ratios = []

@@ -14,11 +14,11 @@ from torch import Tensor
 import trainers.default
 import trainers.methods.gumbel
 import trainers.recipe
+import trainers.schedule
 from args import config_from_dict, parse_args
 from data import build_data
 from models import build_model, maskable_convs
 from tests.tiny import BATCH, FINETUNE_BATCH, FINETUNE_STEPS, STEPS, Run, Step, make_images, run, scores_of
-from trainers.methods import make_method
 from trainers.methods.uniform import layers_by_stream, uniform_mask
 from utils.channels.network import SparseNetwork
 from utils.conv_type import sparsify
@@ -201,8 +201,9 @@ def test_statistics_are_of_training_images_that_are_not_augmented_and_the_same_f
 def test_a_subnet_has_the_mean_statistics_of_these_batches_and_fine_tuning_starts_from_them(pruned):
     done = pruned[0]
     saves = done.record.saves()
-    (number,) = (i for i, s in enumerate(saves) if s.name == "best.pt" and saves[i + 1].state["phase"] == "finetune")
-    chosen, first = saves[number].state, saves[number + 1].state
+    phases = [save.state["phase"] for save in saves]
+    (number,) = (i for i in range(len(saves)) if phases[i - 1 : i + 1] == ["finetune", "search"])
+    first, chosen = saves[number - 1].state, saves[number].state
     statistics = chosen["subnet"]["statistics"]
     maps = [F.conv2d(p.images, chosen["model"]["conv1.weight"], padding=1) for p in done.record.passes("free")[-3:]]
     kept = chosen["subnet"]["mask"][: maps[0].shape[1]]
@@ -344,5 +345,4 @@ def test_the_stages_of_a_run_are_all_of_its_steps(options, stages):
     config = config_from_dict({**sizes, **options}, "here")
     images = SimpleNamespace(num_train_batches=lambda size: 1000 // size)
     data, run = SimpleNamespace(train=images), SimpleNamespace(phase=stages[0].name)
-    recipe = SimpleNamespace(config=config, method=make_method(config), data=data, run=run)
-    assert trainers.recipe.Recipe.stages(recipe) == stages
+    assert trainers.schedule.stages(run, config, data) == stages

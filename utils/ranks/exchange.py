@@ -94,14 +94,14 @@ def host_sums(values: Sequence[float]) -> list[float]:
     return _sum_(torch.tensor(values, dtype=torch.float64)).tolist()
 
 
-def agreed_signal(signal: int | None) -> int | None:
-    """The stop signal of any rank (the highest number), so that all stop at the same step."""
+def agreed(numbers: Sequence[int]) -> list[int]:
+    """The highest of each number on any rank, so that all stop or save at the same step."""
     if num_ranks() == 1:
-        return signal
-    highest = torch.tensor([signal or 0])
+        return list(numbers)
+    highest = torch.tensor(numbers)
     with _partners():
         dist.all_reduce(highest, dist.ReduceOp.MAX)
-    return highest.item() or None
+    return highest.tolist()
 
 
 def wait_for_all() -> None:

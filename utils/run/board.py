@@ -2,7 +2,9 @@
 
 import itertools
 import re
+import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -39,10 +41,27 @@ class Board:
         folder: where the event files go; a resumed run passes the same one.
         purge_step: first step that a resumed run writes again; earlier events from there on are hidden, so
             that no curve runs backwards.
+
+    Once the disk has refused anything, all methods but `close` raise OSError.
     """
 
     def __init__(self, folder: str | Path, purge_step: int | None = None) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+        self._open = partial(SummaryWriter, str(folder), purge_step=purge_step, flush_secs=10)
+        self._opened: SummaryWriter | None = None
+        self._error: OSError | None = None
+
+    @property
+    def _writer(self) -> SummaryWriter:
+        if self._error is not None:
+            raise self._error
+        if self._opened is None:
+            silence_writers()
+            try:
+                self._opened = self._open()
+            except OSError as error:
+                self._error = error
+                raise
+        return self._opened
 
     def layout(self, pages: Layout) -> None:
         """Group curves into charts and charts into pages of the custom scalars tab.
@@ -126,7 +145,25 @@ class Board:
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._opened is not None:
+            self._opened.close()
+
+
+def silence_writers() -> None:
+    """Keeps a thread of TensorBoard from printing a traceback when the disk refuses what it writes.
+
+    It passes the error on to whoever writes next.
+    """
+    told = threading.excepthook
+    if getattr(told, "leaves_out_writers", False):
+        return
+
+    def tell(thread: threading.ExceptHookArgs) -> None:
+        if not (isinstance(thread.exc_value, OSError) and type(thread.thread).__module__.startswith("tensorboard")):
+            told(thread)
+
+    tell.leaves_out_writers = True
+    threading.excepthook = tell
 
 
 def _pattern(tag: str) -> str:

@@ -6,6 +6,7 @@ A state is made of dicts, lists, tuples, tensors, numbers, strings and None, so 
 
 import io
 import os
+import shlex
 import shutil
 import struct
 import zipfile
@@ -13,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy
 import torch
@@ -24,13 +25,26 @@ FORMAT_VERSION = 2  # raise it when the meaning of an entry changes
 LAST_COMMIT_OF_FORMAT_1 = "f14d36b"
 
 PARTIAL = ".pt.partial"
+BEST, LAST, PREVIOUS = "best.pt", "last.pt", "previous.pt"  # the result; what a run is resumed from; the one before
 
 
 class CheckpointError(OSError):
     """A checkpoint could not be written; the one before it is untouched, so the run may go on."""
 
 
-def save(path: str | Path, state: Mapping[str, Any]) -> None:
+class DamagedError(UserError):
+    """A file is not whole, or is no checkpoint at all. Another file may be.
+
+    Attributes:
+        what: the message without its advice.
+    """
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(f"{what}; {advice}" if advice else what)
+        self.what = what
+
+
+def save(path: str | Path, state: Mapping[str, Any], previous: Path | None = None) -> None:
     """Write a state so that `path` holds the old checkpoint or the new one, whenever the machine stops.
 
     Only one process may save into a folder: what an earlier crash left half written there is removed.
@@ -38,6 +52,7 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
     Args:
         path: file to write, `*.pt`, in a folder that exists.
         state: nested state; `format_version` is added.
+        previous: a file that keeps what `path` held until now.
     Raises: CheckpointError if the disk refuses, TypeError for an entry that `load` would refuse.
     """
     path = Path(path)
@@ -53,6 +68,8 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _keep(path, previous)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -67,29 +84,31 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint, having checked every byte of it.
 
-    Raises: UserError if the file is missing, damaged in any way, not a checkpoint of this project, made to
-        run code, or written by a newer version.
+    Raises: UserError if the file is missing, made to run code, or written by another version; DamagedError, which is
+        one, if it is not whole or no checkpoint of this project.
     """
     path = Path(path)
-    advice = "use an older one, for example best.pt beside it, with --resume PATH, or start the run again"
+    try:
+        return _load(path, map_location)
+    except DamagedError as error:
+        raise DamagedError(error.what, _advice(path)) from error
+
+
+def _load(path: Path, map_location: str | torch.device) -> dict[str, Any]:
+    """As `load`, but the message tells no remedy for a damaged file."""
     try:
         with open(path, "rb") as file:
-            # torch.load does not notice a flipped bit in a tensor; the checksums of the zip archive do.
-            damaged = zipfile.ZipFile(file).testzip()
-            if damaged is not None:
-                raise UserError(f"the checkpoint {path} is damaged (wrong checksum in {damaged}); {advice}")
+            check_archive(file)
             file.seek(0)
             state = torch.load(file, map_location=map_location, weights_only=True)
-    except UserError:
-        raise
     except FileNotFoundError:
         raise UserError(f"the checkpoint {path} does not exist") from None
     except Exception as error:  # each kind of damage has its own; none may end in a traceback
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"the checkpoint {path} is damaged or not from this project ({reason}); {advice}") from error
+        raise DamagedError(f"the checkpoint {path} is damaged or not from this project ({reason})") from error
     version = state.get("format_version") if isinstance(state, dict) else None
     if type(version) is not int:
-        raise UserError(f"{path} is not a checkpoint of this project: it has no format_version; {advice}")
+        raise DamagedError(f"{path} is not a checkpoint of this project: it has no format_version")
     if version > FORMAT_VERSION:
         raise UserError(
             f"the checkpoint {path} has format version {version}, and this project reads version {FORMAT_VERSION}; "
@@ -101,6 +120,29 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
             f"{FORMAT_VERSION}; use it with commit {LAST_COMMIT_OF_FORMAT_1}, or make the run again"
         )
     return state
+
+
+def check_archive(file: BinaryIO) -> None:
+    """Raises: zipfile.BadZipFile if one of the checksums of a zip archive is wrong, or it is no such archive."""
+    # torch.load does not notice a flipped bit in a tensor; the checksums of the zip archive do.
+    damaged = zipfile.ZipFile(file).testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
+
+
+def _advice(path: Path) -> str:
+    """What to do about a damaged file. It names another one only if that is whole."""
+    if path.parent.name != "checkpoints":
+        return "pass a checkpoint of a run, or a folder with a run"
+    others = [file for file in path.parent.glob("*.pt") if file != path]
+    for file in sorted(others, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        with suppress(UserError):
+            if "weight_optimizer" in _load(file, "cpu"):
+                command = f"python main.py --resume {shlex.quote(str(file))}"
+                if path.name == BEST:
+                    return f"the same result is in {file.name}, and `{command}` writes {BEST} again"
+                return f"`{command}` goes on from another checkpoint of this run"
+    return "no other checkpoint in its folder can be resumed, so make the run again"
 
 
 def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
@@ -149,6 +191,15 @@ def _check_plain(value: Any, name: str) -> None:
     # The exact type: numpy.float64 is a float to isinstance, and a refused class to torch.load.
     elif type(value) not in (int, float, bool, str, bytes, type(None)):
         raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint holds only plain values and tensors")
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Gives a file a second name."""
+    previous.unlink(missing_ok=True)
+    try:
+        os.link(path, previous)  # `path` is there at any moment
+    except OSError:  # a file system without hard links
+        os.replace(path, previous)
 
 
 def _sync_folder(folder: Path) -> None:

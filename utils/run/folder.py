@@ -6,18 +6,15 @@
 """
 
 import csv
-import fcntl
 import importlib.metadata
 import io
 import json
 import os
 import platform
 import shlex
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +22,14 @@ import numpy
 import torch
 
 from utils.errors import UserError
+from utils.options import shown
 from utils.ranks.launch import rank_here
+from utils.run.checkpoint import BEST, LAST
 from utils.run.progress import announce
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 CPU_INFO = Path("/proc/cpuinfo")
-BEST, LAST = "best.pt", "last.pt"  # the result of a run, and what it is resumed from
+LONGEST_NAME = 255  # bytes of a file name on nearly all file systems
 
 # What decides the speed and the rounding of a matrix product; /proc/cpuinfo lists some hundred more.
 CPU_FLAGS = [
@@ -76,10 +75,11 @@ def base_folder(log_dir: str | Path, config_stem: str, name: str, keep_ratio: fl
     Raises: UserError if `config_stem` or `name` is not a plain folder name.
     """
     for label, part in (("config", config_stem), ("name", name)):
-        if part in ("", ".", "..") or "/" in part or "\\" in part or not part.isprintable():
+        too_long = len(os.fsencode(part)) > LONGEST_NAME
+        if part in ("", ".", "..") or "/" in part or "\\" in part or not part.isprintable() or too_long:
             raise UserError(
-                f"{label} must be a plain folder name, got {part!r}; it becomes one folder below {log_dir}, "
-                "so leave out slashes"
+                f"{label} must be a plain folder name, got {shown(part)}; it becomes one folder below {log_dir}, so "
+                f"leave out slashes and use at most {LONGEST_NAME} bytes"
             )
     return Path(log_dir) / config_stem / name / f"prune_rate={keep_ratio:g}"
 
@@ -97,23 +97,37 @@ def resolve_run(path: str | Path, wanted: Sequence[str] = (LAST,)) -> tuple[Path
     Returns: (run folder, checkpoint file); both exist.
     Raises: UserError if one of them does not.
     """
-    path = Path(path)
-    if path.is_file() and path.absolute().parent.name == "checkpoints":
-        return (path if path.parent.name == "checkpoints" else path.absolute()).parent.parent, path
-    if path.is_file():
-        raise UserError(
-            f"{path} is not in the checkpoints/ folder of a run; give a run folder, "
-            "or a file such as RUN/checkpoints/last.pt"
-        )
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist; give a run folder or a checkpoint file inside one")
-    folder = _newest_run(path)
+    folder, file = find_folder(path)
+    if file is not None:
+        return folder, file
     for name in wanted:
         if (file := folder / "checkpoints" / name).is_file():
             return folder, file
     others = sorted(file.name for file in folder.glob("checkpoints/*.pt"))
     found = f"it has {', '.join(others)}" if others else "it has no checkpoint at all"
     raise UserError(f"{folder} has no checkpoints/{wanted[-1]} ({found}); give a run folder or a checkpoint file")
+
+
+def find_folder(path: str | Path) -> tuple[Path, Path | None]:
+    """The run folder that `path` means, as in `resolve_run`, and the checkpoint file if it is one.
+
+    Raises: UserError if there is no such file or folder.
+    """
+    path = Path(path)
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError) as error:  # such as a name that is too long
+        raise UserError(f"{str(path)[:80]!r} is not a path ({error.__class__.__name__}); give a run folder") from error
+    if is_file and path.absolute().parent.name == "checkpoints":
+        return (path if path.parent.name == "checkpoints" else path.absolute()).parent.parent, path
+    if is_file:
+        raise UserError(
+            f"{path} is not in the checkpoints/ folder of a run; give a run folder, "
+            "or a file such as RUN/checkpoints/last.pt"
+        )
+    if not is_folder:
+        raise UserError(f"{path} does not exist; give a run folder or a checkpoint file inside one")
+    return _newest_run(path), None
 
 
 def checkpoint_of(folder: str | Path, name: str) -> str:
@@ -154,52 +168,6 @@ def _repeats(base: Path) -> list[int]:
     if not base.is_dir():
         return []
     return [int(entry.name) for entry in base.iterdir() if entry.name.isdecimal() and entry.is_dir()]
-
-
-@contextmanager
-def lock(folder: str | Path) -> Iterator[None]:
-    """Hold a run folder for this process, so that no second process writes into it.
-
-    The kernel holds the lock and drops it when the process ends, however it ends: a lock file left by a dead
-    process is simply taken over, and a process id used again by a stranger cannot block a run. The file says
-    who holds it. It stays, empty, when the lock is given back: deleting it would let two waiting processes
-    lock two different files of one name.
-
-    Raises: UserError with the process id if another process holds the folder, or if a run on another host
-        left it locked, because whether that one still lives cannot be seen from here.
-    """
-    path = Path(folder) / "run.lock"
-    host = socket.gethostname()
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            # lockf, not flock: forked data loader workers, which may outlive a killed run, must not share it.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            holder = _lock_holder(file) or "another process"
-            raise UserError(f"{folder} is in use by {holder}; wait for it or stop it first") from None
-        except OSError as error:
-            raise UserError(
-                f"cannot lock {path}: {error.strerror}; choose a place on another file system with --log-dir"
-            ) from error
-        holder = _lock_holder(file)
-        if holder and not holder.endswith(f" on {host}"):
-            raise UserError(f"{folder} is in use by {holder}; if that has ended, delete {path} and start again")
-        _write_holder(file, f"process {os.getpid()} on {host}")
-        try:
-            yield
-        finally:
-            _write_holder(file, "")
-
-
-def _lock_holder(file: io.TextIOBase) -> str:
-    file.seek(0)
-    return file.read().strip()
-
-
-def _write_holder(file: io.TextIOBase, holder: str) -> None:
-    file.truncate(0)
-    file.write(holder)
-    file.flush()
 
 
 # ---- What it was: configuration, command, environment ----

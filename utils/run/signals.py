@@ -5,7 +5,9 @@ from types import FrameType
 
 
 class StopRequest:
-    """Context in which Ctrl-C (SIGINT) and SIGTERM ask the program to stop instead of killing it.
+    """Context in which Ctrl-C (SIGINT), SIGTERM and SIGHUP ask the program to stop instead of killing it.
+
+    SIGHUP comes when a terminal or a connection is closed. nohup has it ignored, and so it stays.
 
         with StopRequest() as stop:
             for batch in batches:
@@ -13,7 +15,7 @@ class StopRequest:
                 if stop.signal is not None:
                     save and sys.exit(stop.exit_code)
 
-    A second signal of either kind ends the process at once. Only the main thread may enter the context.
+    A second signal of any of these kinds ends the process at once. Only the main thread may enter the context.
 
     Args:
         second_ends: off for a process that torchrun started: it gets the same signal from the cluster and from
@@ -28,8 +30,9 @@ class StopRequest:
         self._previous = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -43,5 +46,5 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """Exit status by which shells and schedulers know the signal: 130 or 143; 0 if none came."""
+        """Exit status by which shells and schedulers know the signal: 130, 143 or 129; 0 if none came."""
         return 0 if self.signal is None else 128 + self.signal
