@@ -1,6 +1,7 @@
 """What README and docs tell a reader to type, open or import exists, and programs accept it."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +133,14 @@ def test_snippets_of_the_readme_run():
         names: dict[str, object] = {}
         given = "import torch, torchvision\nfrom torch import nn\nfrom utils.conv_type import sparsify\n"
         exec(f"{given}from utils.channels.network import SparseNetwork\n{code}", names)
+
+
+def test_every_promise_names_tests_that_exist():
+    page = Page.read(PROJECT / "docs/guarantees.md")
+    wanted = {span for span in page.spans() if span.startswith("test_")}
+    files = [file.read_text(encoding="utf-8") for file in (PROJECT / "tests").rglob("test_*.py")]
+    found = {name for text in files for name in re.findall(r"def (test_\w+)", text)}
+    assert len(wanted) > 30
+    assert wanted - found == set()
+    rows = [line for line in page.text.splitlines() if line.startswith("| ") and " | " in line]
+    assert all("test" in row.split(" | ")[1] or row.startswith("| - ") for row in rows)
