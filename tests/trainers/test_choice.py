@@ -236,10 +236,9 @@ def test_wrong_labels_on_all_test_images_change_nothing_but_the_test_columns(ima
     for file in ("last.pt", "best.pt"):
         states = [done.load(file) for done in (right, wrong)]
         for state in states:
-            for key in ("config", "fingerprint", "contents", "clocks", "test"):
-                state.pop(key, None)
-            for key in ("config", "fingerprint", "test") if "best" in state else ():
-                state["best"].pop(key)
+            for content in (state, state["best"]) if "best" in state else (state,):
+                for key in ("config", "fingerprint", "contents", "clocks", "test"):
+                    content.pop(key, None)
             for row in state.get("history", ()):
                 for column in [name for name in row if "test" in name or name == "epoch_seconds"]:
                     row.pop(column)
