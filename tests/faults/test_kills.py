@@ -71,7 +71,7 @@ CUTS = {  # the file that is not written any more, and for the how manieth time 
 }
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", [pytest.param(c, marks=[pytest.mark.slow] * c.endswith("an epoch")) for c in CUTS])
 def test_a_kill_between_two_files_leaves_a_run_that_ends_like_any_other(images, untouched, renamed, tmp_path, cut):
     """Whatever is counted, such as the cost of choosing the subnet, is counted once."""
     assert killed_at(cut_before(renamed, *CUTS[cut]), tmp_path, images) == -signal.SIGKILL
