@@ -170,10 +170,6 @@ def test_no_subnet_is_below_the_smallest_keep_ratio_and_one_has_it(kind, unit):
     assert budget.smallest_keep_ratio() == min(ratios)
     assert 0 < min(ratios) < 1
     assert Budget(network).smallest_keep_ratio() == min(mask_U.mean() for mask_U in masks)
-    groups = network.unit_groups()  # where each layer has a budget of its own, the tightest one decides
-    assert Budget(network, by_layer=True).smallest_keep_ratio() == max(
-        min(mask_U[group].mean() for mask_U in masks) for group in groups
-    )
 
 
 @pytest.mark.parametrize("unit", ["channels", *COSTS])

@@ -123,7 +123,10 @@ def test_a_run_needs_its_source_only_to_start(images, tmp_path, sources, capsys)
     parts = run(tmp_path, images, "--resume", name="parts", **settings)
     assert parts.code == 0
     for file in ("last.pt", "best.pt"):
-        assert differences({**whole.load(file), "config": None}, {**parts.load(file), "config": None}) == []
+        assert {name.partition("config")[0] for name in differences(whole.load(file), parts.load(file))} <= {
+            "",
+            "best.",
+        }
     capsys.readouterr()
     assert main(["--evaluate", "--resume", str(parts.folder)]) == 0
     assert f"test top-1 {whole.summary['test_top1']:.2f} %" in capsys.readouterr().out

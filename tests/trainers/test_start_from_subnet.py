@@ -159,7 +159,7 @@ def test_such_a_run_trains_stays_within_the_subnet_and_resumes_bit_equal(images,
     assert run(tmp_path, images, *start, name="parts", interrupt_at=1, **settings).code == 130
     parts = run(tmp_path, images, "--resume", name="parts", **settings)
     for file in ("last.pt", "best.pt"):
-        different = differences({**whole.load(file), "config": None}, {**parts.load(file), "config": None})
+        different = [name for name in differences(whole.load(file), parts.load(file)) if "config." not in name]
         assert different == [], file
 
 

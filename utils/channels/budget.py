@@ -100,7 +100,7 @@ class Budget:
         """The budget below which no subnet fits: what the layer guard leaves of an empty mask."""
         smallest = self.network.plan(np.zeros(self.network.num_units, dtype=bool)).mask_U
         if self.cost is None:
-            return max((float(smallest[group].mean()) for group in self.groups), default=0.0)
+            return float(smallest.mean())
         return self.cost(smallest) / self.cost.dense
 
     def largest_score(self, keep_ratio: float) -> float:
