@@ -36,6 +36,15 @@ def test_a_signal_during_the_choice_of_the_subnet_ends_it_at_the_next_candidate(
     assert unlike(untouched, folder_of(tmp_path)) == []
 
 
+@pytest.fixture
+def without_nohup():
+    """Whoever started these tests may have had SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("without_nohup")
 def test_a_closed_terminal_saves_and_ctrl_c_after_it_is_no_traceback(images, untouched, tmp_path, monkeypatch, capsys):
     step = trainers.recipe.Recipe.step
 
