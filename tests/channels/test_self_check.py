@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from tests.toy import batch, one_thread  # noqa: F401
+from utils.channels import self_check
 from utils.channels.compact import CompactForward
 from utils.channels.network import SparseNetwork
 from utils.conv_type import sparsify
@@ -238,6 +239,30 @@ def test_the_check_changes_nothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_it_works_for_networks_of_any_precision(dtype):
     SparseNetwork(sparsify(Net(plain)).to(dtype), SHAPE)
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Every network counts as large, and rounding errors of float32 as differences."""
+    monkeypatch.setattr(self_check, "LARGE", 0)
+    monkeypatch.setitem(self_check.TOLERANCES, torch.float32, (0.0, 0.0))
+
+
+def test_rounding_errors_of_a_large_network_are_told_apart_in_float64(large):
+    SparseNetwork(sparsify(Net(plain)), SHAPE)
+
+
+def test_a_large_network_is_refused_for_what_differs_in_float64_too(large):
+    with pytest.raises(ValueError, match="which did not run when the network was traced"):
+        SparseNetwork(sparsify(Net(asks_for_training)), SHAPE)
+
+
+def test_a_large_network_that_does_not_run_in_float64_is_judged_in_float32(large):
+    def in_float32(net: Net, x: Tensor) -> Tensor:
+        return plain(net, x + torch.zeros(1, dtype=torch.float32) * x.to(torch.float32)).to(torch.float32)
+
+    with pytest.raises(ValueError, match="differs from what the plain network computes"):
+        SparseNetwork(sparsify(Net(in_float32)), SHAPE)
 
 
 # ---- faults of the engine that it finds ----
