@@ -80,12 +80,16 @@ def killed_after(seconds: float, arguments: list[str], log: Path) -> bool:
         if ended:
             code = os.waitstatus_to_exitcode(status)
             if code:
-                raise RuntimeError(f"the run ended by itself with {code}; see {log}")
+                raise RuntimeError(f"the run ended by itself with {code}: {last_line(log)}")
             return False
         time.sleep(0.002)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return True
+
+
+def last_line(log: Path) -> str:
+    return (log.read_text().splitlines() or ["it printed nothing"])[-1]
 
 
 def resumed_by(way: str, root: Path, first: list[str]) -> list[str]:
@@ -110,12 +114,14 @@ def attack(kind: str, root: Path, images: Path, seconds: float, kills: int, choo
             if not killed_after(choose.uniform(0, seconds), arguments, log):
                 break
             done += 1
-            if (root / "runs").is_dir() and list((root / "runs").rglob("checkpoints")):
+            if list((root / "runs").rglob("summary.json")):  # it had nothing left to do but to end
+                break
+            if list((root / "runs").rglob("checkpoints")):
                 arguments = resumed_by(choose.choice(RESTARTS), root, first)
-        if not (root / "runs").is_dir() or not list((root / "runs").rglob("summary.json")):
+        if not list((root / "runs").rglob("summary.json")):
             _, status = os.waitpid(start(arguments, log), 0)
             if code := os.waitstatus_to_exitcode(status):
-                return done, f"the last start ended with {code}; see {log}"
+                return done, f"the last start ended with {code}: {last_line(log)}"
         return done, ", ".join(unlike(root.parent / "untouched" / kind / "done", folder_of(root))[:5])
     except (RuntimeError, ValueError, OSError) as error:
         return done, f"{type(error).__name__}: {error}"

@@ -106,7 +106,7 @@ class Session:
             return self._train(config, data, run, folder)
         if rank() > 0:
             return self._train(config, data, run, None)
-        folder = create_run_folder(config.run.log_dir, *folder_names(config))
+        folder = create_run_folder(config.run.log_dir, *folder_names(config), config_yaml=self._config_text(config))
         with lock(folder):
             return self._train(config, data, run, folder)
 
@@ -222,17 +222,20 @@ class Session:
         return command + named_again(recipe.config.model.arch)
 
     def _write_facts(self, config: Config, folder: Path, device: torch.device) -> None:
-        """Options, command and environment of this start. The options written train a new run, they do not resume."""
-        by_rule = undecided(config_to_dict(self.arguments.config))
-        origin = {key: f"{place}, auto" if key in by_rule else place for key, place in self.arguments.origin.items()}
+        """Options, command and environment of this start."""
         write_facts(
             folder,
-            config_yaml=config_to_yaml(
-                replace(config, run=replace(config.run, resume=None)), None if config.run.resume else origin
-            ),
+            config_yaml=self._config_text(config),
             command=[*starter(config), *self.command],
             environment=environment_facts(device) | {"ranks": num_ranks()},
         )
+
+    def _config_text(self, config: Config) -> str:
+        """The options, as they train a new run; they do not resume."""
+        by_rule = undecided(config_to_dict(self.arguments.config))
+        origin = {key: f"{place}, auto" if key in by_rule else place for key, place in self.arguments.origin.items()}
+        options = replace(config, run=replace(config.run, resume=None))
+        return config_to_yaml(options, None if config.run.resume else origin)
 
 
 def evaluate_stored(config: Config, stored: Stored, device: torch.device) -> int:

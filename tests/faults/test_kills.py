@@ -145,6 +145,23 @@ def test_a_run_that_was_killed_before_its_first_save_starts_afresh(images, untou
     assert "holds nothing to go on from; start the run again without --resume" in capsys.readouterr().err
 
 
+def test_a_run_that_was_killed_as_soon_as_its_folder_counts_as_one_starts_afresh(images, untouched, tmp_path):
+    def work() -> int:
+        mkdir = os.mkdir
+
+        def killing(path: Path, *rest: object) -> None:
+            mkdir(path, *rest)
+            if Path(path).name == "checkpoints":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.mkdir = killing
+        return train(tmp_path, images)
+
+    assert in_process(work) == -signal.SIGKILL
+    assert main(["--resume", str(folder_of(tmp_path))]) == 0
+    assert unlike(untouched, folder_of(tmp_path)) == []
+
+
 # ---- a finished run ----
 
 

@@ -42,7 +42,7 @@ for number in range(10):
     (root / f"{own}{number}").touch()
     while not (root / f"{other}{number}").exists():
         pass
-    folders.append(create_run_folder(root, "config", f"name{number}", 0.5))
+    folders.append(create_run_folder(root, "config", f"name{number}", 0.5, config_yaml=""))
 with lock(folders[0]):
     print(*folders, sep=";", flush=True)
     sys.stdin.read()
@@ -70,7 +70,7 @@ def test_runs_of_one_name_are_numbered_and_the_latest_is_found(tmp_path: Path) -
     base = tmp_path / "runs" / "quickstart" / "first" / "prune_rate=0.5"
     arguments = (tmp_path / "runs", "quickstart", "first", 0.5)
     for expected in (base, base / "1", base / "2"):
-        assert create_run_folder(*arguments) == expected
+        assert create_run_folder(*arguments, config_yaml="") == expected
         (expected / "checkpoints" / "last.pt").touch()
         assert base_folder(*arguments) == base
         assert resolve_run(base) == (expected, expected / "checkpoints" / "last.pt")
@@ -78,9 +78,9 @@ def test_runs_of_one_name_are_numbered_and_the_latest_is_found(tmp_path: Path) -
 
 
 def test_a_gap_is_not_filled_so_the_highest_number_is_the_newest_run(tmp_path: Path) -> None:
-    base = create_run_folder(tmp_path, "config", "name", 0.5)
+    base = create_run_folder(tmp_path, "config", "name", 0.5, config_yaml="")
     (base / "10").mkdir()
-    assert create_run_folder(tmp_path, "config", "name", 0.5) == base / "11"
+    assert create_run_folder(tmp_path, "config", "name", 0.5, config_yaml="") == base / "11"
     (base / "11" / "checkpoints" / "last.pt").touch()
     assert resolve_run(base)[0] == base / "11"
 
@@ -95,7 +95,7 @@ def test_who_comes_second_by_a_moment_goes_on(tmp_path: Path, monkeypatch: pytes
         mkdir(path, *arguments)
 
     monkeypatch.setattr(os, "mkdir", mkdir_after_a_faster_process)
-    assert create_run_folder(tmp_path, "config", "name", 0.5) == base / "1"
+    assert create_run_folder(tmp_path, "config", "name", 0.5, config_yaml="") == base / "1"
 
 
 def test_two_processes_never_share_a_run_folder(twins: list) -> None:
@@ -152,20 +152,20 @@ def test_a_lock_file_may_hold_anything(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc", "a\\b", "a\nb", "a\0b"])
 def test_a_name_must_be_one_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="name must be a plain folder name, got " + re.escape(repr(name))):
-        create_run_folder(tmp_path, "config", name, 0.5)
+        create_run_folder(tmp_path, "config", name, 0.5, config_yaml="")
     with pytest.raises(UserError, match="config must be a plain folder name"):
-        create_run_folder(tmp_path, name, "name", 0.5)
+        create_run_folder(tmp_path, name, "name", 0.5, config_yaml="")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_log_dir_that_is_a_file_is_a_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("not a folder")
     with pytest.raises(UserError, match=r"cannot make the run folder .*--log-dir"):
-        create_run_folder(tmp_path / "runs", "config", "name", 0.5)
+        create_run_folder(tmp_path / "runs", "config", "name", 0.5, config_yaml="")
 
 
 def test_a_run_is_found_by_its_folder_or_by_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = create_run_folder(tmp_path, "config", "name", 0.5)
+    folder = create_run_folder(tmp_path, "config", "name", 0.5, config_yaml="")
     last, best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
     with pytest.raises(UserError, match=r"has no checkpoints/last\.pt \(it has no checkpoint at all\)"):
         resolve_run(folder)
@@ -186,8 +186,8 @@ def test_a_run_is_found_by_its_folder_or_by_a_checkpoint(tmp_path: Path, monkeyp
 
 def test_of_several_runs_the_newest_is_taken_and_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The highest number below one run; above several, the one that has saved last. A file means itself."""
-    first, second, third = (create_run_folder(tmp_path, "config", "one", 0.5) for _ in range(3))
-    other = create_run_folder(tmp_path, "config", "two", 0.25)
+    first, second, third = (create_run_folder(tmp_path, "config", "one", 0.5, config_yaml="") for _ in range(3))
+    other = create_run_folder(tmp_path, "config", "two", 0.25, config_yaml="")
     for age, folder in enumerate((second, other, first, third)):  # the second run was the last to save
         file = folder / "checkpoints" / "last.pt"
         file.touch()
@@ -214,7 +214,7 @@ def test_of_several_runs_the_newest_is_taken_and_named(tmp_path: Path, capsys: p
 
 
 def test_a_folder_named_like_a_number_that_is_no_run_is_no_repeat(tmp_path: Path) -> None:
-    base = create_run_folder(tmp_path, "config", "7", 0.5)
+    base = create_run_folder(tmp_path, "config", "7", 0.5, config_yaml="")
     (base / "checkpoints" / "last.pt").touch()
     (base / "3").mkdir()
     assert resolve_run(base)[0] == base

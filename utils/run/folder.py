@@ -42,12 +42,15 @@ CPU_FLAGS = [
 # ---- Where a run lies ----
 
 
-def create_run_folder(log_dir: str | Path, config_stem: str, name: str, keep_ratio: float) -> Path:
-    """Make the folder of a new run, with `checkpoints/`; never one that another run has.
+def create_run_folder(log_dir: str | Path, config_stem: str, name: str, keep_ratio: float, *, config_yaml: str) -> Path:
+    """Make the folder of a new run, with config.yaml and `checkpoints/`; never one that another run has.
 
     `os.mkdir` decides: of several processes that ask for the same folder exactly one gets it, the others
-    go on to the next number.
+    go on to the next number. Only a folder with `checkpoints/` counts as a run, so config.yaml is there first: a run
+    that is killed a moment later can start afresh with its options.
 
+    Args:
+        config_yaml: text of config.yaml.
     Raises: UserError if `config_stem` or `name` is not a plain folder name, or the folder cannot be made.
     """
     base = base_folder(log_dir, config_stem, name, keep_ratio)
@@ -61,6 +64,7 @@ def create_run_folder(log_dir: str | Path, config_stem: str, name: str, keep_rat
             except FileExistsError:
                 # One above the highest, not the first gap: then the highest is always the newest.
                 folder = base / str(max(_repeats(base), default=0) + 1)
+        _replace_text(folder / "config.yaml", config_yaml)
         (folder / "checkpoints").mkdir()
     except OSError as error:
         raise UserError(
