@@ -71,6 +71,12 @@ FOLLOWED = {
     "swish by hand": Net(lambda n, x: pooled(n, n.conv2(swish_by_hand(n.conv1(x))))),
     "swish with a factor": Net(lambda n, x: pooled(n, (y := body(n, x)) * torch.sigmoid(1.7 * y))),
     "a scale for all": Net(lambda n, x: pooled(n, body(n, x) * n.norm.scale), norm=None),
+    "numbers in the forward": Net(
+        lambda n, x: (
+            pooled(n, body(n, x - torch.tensor([1.0, 2.0, 3.0]).float().view(1, 3, 1, 1).to(x.device)))
+            * torch.tensor(0.5).float()
+        )
+    ),
     "gate of convolutions": Net(lambda n, x: pooled(n, n.conv2(gate_of_convs(n, n.conv1(x)))), **gate()),
     "gate of a sum": Net(lambda n, x: pooled(n, gate_of_convs(n, (y := n.conv1(x)) + F.relu(n.conv2(y)))), **gate()),
     "gate of linear layers": Net(

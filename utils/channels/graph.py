@@ -16,7 +16,7 @@ from math import prod
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from utils.algorithm.cuts import smallest_cuts
 from utils.channels.follow import Result, Unfollowed, Value, follow
@@ -40,6 +40,7 @@ class Op:
         space: index into `ChannelGraph.spaces`.
         shape: shape of the full result for one image, channels first; () if it is not a tensor.
         macs: multiply-adds of one image, of a dense op.
+        constant: a tensor that the forward makes anew from numbers alone, and that never changes.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Op:
     space: int
     shape: tuple[int, ...]
     macs: int = 0
+    constant: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -136,7 +138,10 @@ class ChannelGraph:
         self._follow_all(widths, tied_to={name: name for name in widths})
         if residual_masks == "tied":
             self._follow_all(widths, self._writers_of_one_stream())
-        self.ops = [replace(op, macs=traced.macs(op.node)) if op.kind == "dense" else op for op in self.ops]
+        self.ops = [
+            replace(op, macs=traced.macs(op.node), constant=traced.constants.get(op.node)) if op.kind == "dense" else op
+            for op in self.ops
+        ]
         dense = {name for barrier in self._stopped.values() for name in barrier.layers}
         self.unused = [name for name in convs if name not in {*self.first_unit, *self.gates, *dense}]
         self.barriers = [barrier for barrier in self._stopped.values() if barrier.layers]

@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from utils.channels.compact import CompactForward
 from utils.channels.differences import first_difference, names_of, place_of_error, words_of
-from utils.channels.graph import ChannelGraph
+from utils.channels.graph import ChannelGraph, Op
 from utils.channels.plan import Plan
 from utils.channels.python_state import Values, changed_value, python_values, random_numbers_kept
 from utils.conv_type import PlainConv, SubnetBatchNorm
@@ -140,6 +140,13 @@ def _plain_classes(model: nn.Module) -> Iterator[None]:
             module.__class__ = kind
 
 
+def _in_dtype(op: Op, dtype: torch.dtype) -> Op:
+    """A constant has the default dtype, as the plain network makes it anew."""
+    if op.constant is None or op.constant.dtype != torch.float32:
+        return op
+    return replace(op, constant=op.constant.to(dtype))
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """What a pass came to.
@@ -169,6 +176,7 @@ class _Trial:
         self.network.precision, self.dtype = "fp32", dtype
         self.network._sizes.add(image_shape)
         self.model, self.graph = self.network.model.to(dtype), self.network.graph
+        self.graph.ops = [_in_dtype(op, dtype) for op in self.graph.ops]
         self.device = next(self.model.parameters()).device
         self.draw = torch.Generator().manual_seed(seed)
         self.images = self._normal(_num_images(image_shape), *image_shape)

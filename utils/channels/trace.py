@@ -51,11 +51,13 @@ class Trace:
         graph: as torch.fx has them, in their order.
         facts: what is known of each.
         macs: multiply-adds of one image of an operation, as torch counts them.
+        constants: the tensors that the forward makes from numbers alone, which the graph reads like a buffer.
     """
 
     graph: fx.Graph
     facts: dict[fx.Node, NodeFacts]
     macs: Callable[[fx.Node], int]
+    constants: dict[fx.Node, Tensor]
 
 
 def trace(model: nn.Module, image_shape: tuple[int, int, int], strict: bool) -> Trace:
@@ -67,7 +69,7 @@ def trace(model: nn.Module, image_shape: tuple[int, int, int], strict: bool) -> 
         strict: refuse a submodule that cannot be traced.
     Raises: ValueError if the forward of the network itself cannot be traced, or cannot read such images.
     """
-    tracer = _Tracer(strict)
+    tracer, own = _Tracer(strict), set(vars(model))
     with _eval_mode(model):
         try:
             graph = tracer.trace(model)
@@ -87,7 +89,11 @@ def trace(model: nn.Module, image_shape: tuple[int, int, int], strict: bool) -> 
         )
         for node in graph.nodes
     }
-    return Trace(graph, facts, recorder.macs)
+    made = {
+        name: value for name, value in vars(model).items() if name.startswith("_tensor_constant") and name not in own
+    }
+    constants = {node: made[node.target] for node in graph.nodes if node.op == "get_attr" and node.target in made}
+    return Trace(graph, facts, recorder.macs, constants)
 
 
 class _NotOneImage(Exception):

@@ -21,6 +21,8 @@ def as_written(op: Op, operands: Sequence[Any]) -> Any:
         operands: in the order of `op.inputs`.
     """
     node = op.node
+    if op.constant is not None:
+        return op.constant.clone()
     if node.op == "get_attr":
         return getattr(op.module, str(node.target).rpartition(".")[2])
     value_of = dict(zip(node.all_input_nodes, operands, strict=True))
