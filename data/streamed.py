@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import signal
+import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from utils.errors import UserError
 _GRACE_SECONDS = 60
 _BYTES_TO_COMPARE = 2**26  # of the files of a part; hashing them takes 0.2 s
 _THREADS = 16
+_NO_ROOM = ("No space left", "Cannot allocate memory", "shared memory")  # what torch says of a full /dev/shm
 
 
 @dataclass(eq=False, kw_only=True)
@@ -145,13 +147,33 @@ class StreamedSet(BatchedSet):
                 if isinstance(batch, UnreadableImage):
                     raise batch
                 yield batch
-        except (RuntimeError, EOFError, ConnectionError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a process that decodes images has died ({str(error).strip() or type(error).__name__}); memory or "
-                f"/dev/shm may be full: go on with --resume and fewer --workers (now {self.workers}), 0 for none"
-            ) from error
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # those of the loader hold its workers, which an exit waits for
+            if told := worker_has_died(error, self.workers):
+                raise told from error
+            raise
+
+
+def worker_has_died(error: Exception, workers: int) -> UserError | None:
+    """What to say if an error of the loader, or of its handler of signals, comes from a worker that has died.
+
+    Args:
+        workers: how many the user wants.
+    """
+    if not isinstance(error, RuntimeError | EOFError | ConnectionError):
+        return None
+    said = str(error).strip()
+    lines = said.splitlines() or [type(error).__name__]
+    if isinstance(error, RuntimeError):
+        # what is raised in a worker comes with its traceback, of which the last line is the error
+        has_no_room = said.startswith("Caught") and any(words in lines[-1] for words in _NO_ROOM)
+        if not has_no_room and "DataLoader worker (pid" not in said:
+            return None
+    reason = lines[-1 if said.startswith("Caught") else 0]
+    return UserError(
+        f"a process that decodes images has died ({reason.rstrip(' .')}); memory or /dev/shm may be full: go on with "
+        f"--resume and fewer --workers (now {workers}), 0 for none"
+    )
 
 
 class _Loader(DataLoader):

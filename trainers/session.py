@@ -21,6 +21,7 @@ from trainers.divergence import Diverged
 from trainers.recipe import Recipe, Stopped
 from trainers.report import Reporter, SilentReporter, describe
 from trainers.result import accuracies, print_result
+from trainers.shortage import shortages_in_words
 from trainers.state import RunState
 from trainers.stored import (
     Stored,
@@ -84,7 +85,7 @@ class Session:
             become_torchrun(wanted, self.command[1:])
         device = find_device(config)
         check_ranks(config, [key for key, origin in self.arguments.origin.items() if origin == "command line"])
-        with joined(device):
+        with joined(device), shortages_in_words(config):
             return work(config, device)
 
     def _begin(self, config: Config, device: torch.device, folder: Path | None = None) -> int:

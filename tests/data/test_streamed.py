@@ -263,3 +263,28 @@ def test_a_worker_that_is_killed_is_a_user_error(noise, monkeypatch):
     monkeypatch.setattr(data.streamed, "open_rgb", lambda path: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match=r"a process that decodes images has died .*fewer --workers \(now 1\)"):
         list(streamed(noise, workers=1).batches(4))
+
+
+def test_a_worker_without_shared_memory_is_a_user_error_and_its_process_ends(noise, monkeypatch):
+    """The error keeps the frames in which it arose; a program that is about to end would wait for what they hold."""
+
+    def full(path: Path) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(data.streamed, "open_rgb", full)
+    others = set(multiprocessing.active_children())
+    with pytest.raises(
+        UserError, match=r"died \(RuntimeError: unable .* device \(28\)\); memory or /dev/shm"
+    ) as raised:
+        list(streamed(noise, workers=2).batches(4))
+    assert "\n" not in str(raised.value)
+    assert set(multiprocessing.active_children()) == others
+
+
+def test_an_error_of_the_program_within_a_worker_stays_one(noise, monkeypatch):
+    def wrong(path: Path) -> None:
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr(data.streamed, "open_rgb", wrong)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        list(streamed(noise, workers=1).batches(4))
