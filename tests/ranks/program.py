@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import trainers.recipe
+import utils.ranks.watch
 from args import METHODS, Config
 from data import ImageSet
 from main import main
@@ -283,6 +284,33 @@ def fail(_: trainers.recipe.Recipe) -> None:
     raise ValueError("a mistake of rank 1 alone")
 
 
+def slow_steps(folder: Path, images: Path, name: str, do: Callable[[], object]) -> int:
+    """A program with signs of life ten times a second, whose rank 1 does something before its third step."""
+
+    step = trainers.recipe.Recipe.step
+
+    def slow(self: trainers.recipe.Recipe, *batch: Any) -> Any:
+        time.sleep(0.1)
+        if self.run.steps == 2 and rank() == 1:
+            do()
+        return step(self, *batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.ranks.watch, "BEAT", 0.1)
+        patch.setattr(trainers.recipe.Recipe, "step", slow)
+        code = program(folder, images, name, "--save-steps", "1")
+    (folder / f"{name} of rank {os.environ['RANK']}").write_text(str(code))
+    return code
+
+
+def stop_here() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def kill_the_launcher() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
 if __name__ == "__main__":
     what, *folders = sys.argv[1:]
     if what == "steps":
@@ -291,5 +319,7 @@ if __name__ == "__main__":
         programs(*map(Path, folders))
     elif what == "checks":
         checks(*map(Path, folders))
+    elif what in ("stopped", "orphaned"):
+        sys.exit(slow_steps(*map(Path, folders), what, stop_here if what == "stopped" else kill_the_launcher))
     else:
         sys.exit(program(*map(Path, folders), "failing", at_step=(2, fail)))

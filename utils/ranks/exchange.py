@@ -24,9 +24,11 @@ from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
 from utils.errors import RankError, UserError
 from utils.ranks.launch import local_rank, num_started
+from utils.ranks.watch import watched
 
-# A rank that dies is noticed at once. This is for one that hangs, so it must outlast honest work that the others wait
-# for: a download, a checkpoint on a slow disk, the check of a million image files.
+# A rank that dies is noticed at once, and one that is stopped after a minute (see `watched`). This is for one whose
+# program hangs, so it must outlast honest work that the others wait for: a download, a checkpoint on a slow disk, the
+# check of a million image files.
 PATIENCE = timedelta(minutes=30)
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,7 +50,8 @@ def joined(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield
+        with watched(rank(), num_ranks()):
+            yield
     except UserError as error:
         error.on_one_rank = True
         raise
