@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch.distributed as dist
@@ -78,7 +79,10 @@ def test_a_launcher_that_has_ended_is_noticed_by_its_children(monkeypatch):
     ended = []
     monkeypatch.setattr(watch, "_stop", lambda: ended.append(True))
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    watch.run()
+    thread = Thread(target=watch.run)
+    thread.start()
+    thread.join(2)
+    watch.over.set()
     assert ended == [True]
 
 
