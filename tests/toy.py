@@ -408,15 +408,16 @@ def search_of(
     score_optimizer: torch.optim.Optimizer | None = None,
 ) -> Search:
     """A search before its first step, with given masks or with masks drawn from the scores; SGD and Adam by default."""
+    budget = Budget(network, options.sparsity.budget, options.sparsity.constrain_by_layer)
     search = Search(
         network,
-        Budget(network, options.sparsity.budget, options.sparsity.constrain_by_layer),
+        budget,
         weight_optimizer or torch.optim.SGD(network.weight_parameters(), lr=1.0, momentum=0.9),
         score_optimizer or torch.optim.Adam([network.scores], lr=1.0),
-        torch.Generator(network.device).manual_seed(seed),
+        torch.Generator("cpu" if budget.on_host else network.device).manual_seed(seed),
         estimator=make_estimator(network, options),
     )
-    search.masks = draw_masks(search, options) if masks_KU is None else stored_masks(masks_KU, options)
+    search.masks = draw_masks(search, options) if masks_KU is None else stored_masks(masks_KU, options, network.device)
     if search.estimator.needs_gates:
         search.gate_reader = GateReader(network)
     return search

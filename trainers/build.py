@@ -249,7 +249,9 @@ def new_search(run: RunState, method: Method, config: Config) -> Search:
         run.budget,
         run.weight_optimizer,
         make_score_optimizer(network, config),
-        generator=stream_generator(config.run.seed, MASK_STREAM, network.device),
+        generator=stream_generator(
+            config.run.seed, MASK_STREAM, torch.device("cpu") if run.budget.on_host else network.device
+        ),
     )
     if config.fixes_shapes:
         network.fix_shapes()
@@ -362,4 +364,4 @@ def _restore_search(search: Search, state: Mapping[str, Any], config: Config) ->
         drawn = state["masks"].to(search.network.device)
         # Where every rank draws masks of its own and their number has changed, the stored masks do not fit.
         fits = len(drawn) == len(search.masks.drawn)
-        search.masks = stored_masks(drawn, config) if fits else draw_masks(search, config)
+        search.masks = stored_masks(drawn, config, search.network.device) if fits else draw_masks(search, config)

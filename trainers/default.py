@@ -21,6 +21,7 @@ from args import Config
 from trainers.state import Masks, RunState, Search
 from utils.algorithm.estimators.base import Estimator, Gates
 from utils.algorithm.masks import sample_masks
+from utils.algorithm.transfer import HostCopy, sent_to
 from utils.channels.capacity import FixedShapes
 from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan, spread
@@ -107,15 +108,19 @@ def train_step(search: Search, images: Tensor, labels: Tensor, now: StepSettings
         if not masks.shared:  # every rank has an estimate of its own, and their mean has less noise
             network.scores.grad = averaged(network.scores.grad, size)
         if config.sparsity.score_gradient == "tangent":
-            search.budget.remove_normal_(now.keep_ratio)
+            search.budget.remove_normal_(now.keep_ratio, masks.scores)
         clipped_step_(search.score_optimizer, [network.scores], now.score_lr, config.train.clip_norm)
-    v = search.budget.project_(now.keep_ratio)
-    broadcast_scores_(network)
-    search.masks = draw_masks(search, config)
+    moved = HostCopy.of(network.scores.data) if search.budget.on_host else None
+    if moved is None:
+        v = search.budget.project_(now.keep_ratio)
+        broadcast_scores_(network.scores)
+        search.masks = draw_masks(search, config)
 
     # 3. Weight step: the chain rule through the channels that the first mask kept. A GPU works on it while the host
-    # plans the passes of the next step.
+    # meets a budget of cost, draws masks from the scores that it then knows, and plans the passes of the next step.
     metrics, gates = halves.second()
+    if moved is not None:
+        v = project_on_host_(search, moved, now.keep_ratio, config)
     set_learning_rate(search.weight_optimizer, now.weight_lr)  # a step that was replayed has read a tensor
     if now.update_scores:
         search.estimator.observe(masks.own_KU, losses_K, gates)  # for later steps, never for this one
@@ -192,24 +197,52 @@ def distinct(plans: Sequence[Plan]) -> tuple[list[Plan], list[int]]:
     return found, places
 
 
-def draw_masks(search: Search, config: Config) -> Masks:
-    """Draws the masks of the next step from the scores and sends them to the host, without waiting for the device.
+def project_on_host_(search: Search, moved: HostCopy, keep_ratio: float, config: Config) -> Tensor:
+    """Puts the scores into a budget of cost and draws the masks of the next step. Returns v, see `Budget.project_`.
+
+    Args:
+        moved: the scores after the step of their optimizer.
+    """
+    scores = search.network.scores
+    known_U, v = search.budget.projected(moved.read(), keep_ratio)
+    broadcast_scores_(scores, known_U)
+    scores.data.copy_(sent_to(known_U, scores.device))
+    search.masks = draw_masks(search, config, known_U)
+    return sent_to(v, scores.device)
+
+
+def draw_masks(search: Search, config: Config, known_U: Tensor | None = None) -> Masks:
+    """Draws the masks of the next step from the scores, on the side that projects these, and sends them to the other.
+
+    That waits for nothing, unless the host has to draw from scores that it does not know.
 
     With `rank_masks` independent, every rank draws the masks of all ranks and takes its own. The generators stay the
     same, so a checkpoint holds one for all.
+
+    Args:
+        known_U: (U,) the scores, where the host knows them.
+    """
+    K, drawing, scores_U = config.sparsity.K, num_drawing_ranks(config), search.network.scores.data
+    if search.budget.on_host:
+        known_U = HostCopy.of(scores_U).read().clone() if known_U is None else known_U
+    source_U = scores_U if known_U is None else known_U
+    drawn = [sample_masks(source_U, search.generator, K) for _ in range(drawing)]
+    masks = stored_masks(drawn[0] if drawing == 1 else torch.cat(drawn), config, scores_U.device)
+    return replace(masks, scores=known_U)
+
+
+def stored_masks(drawn: Tensor, config: Config, device: torch.device) -> Masks:
+    """The masks of this rank, of those that all ranks have drawn: (ranks x K, U), or (K, U) where they share them.
+
+    Args:
+        drawn: on the device or on the host.
+        device: of the network.
     """
     K, drawing = config.sparsity.K, num_drawing_ranks(config)
-    drawn = [sample_masks(search.network.scores, search.generator, K) for _ in range(drawing)]
-    return stored_masks(drawn[0] if drawing == 1 else torch.cat(drawn), config)
-
-
-def stored_masks(drawn: Tensor, config: Config) -> Masks:
-    """The masks of this rank, of those that all ranks have drawn: (ranks x K, U), or (K, U) where they share them."""
-    K, drawing = config.sparsity.K, num_drawing_ranks(config)
     own_KU = drawn if drawing == 1 else drawn[rank() * K : (rank() + 1) * K]
-    on_host = own_KU.to("cpu", non_blocking=True)
-    arrived = torch.cuda.current_stream(own_KU.device).record_event() if own_KU.is_cuda else None
-    return Masks(own_KU, drawn, on_host, arrived)
+    on_host = HostCopy.of(own_KU)
+    own_KU = own_KU if own_KU.device == device else sent_to(own_KU, device)
+    return Masks(own_KU, own_KU if drawing == 1 else drawn, on_host)
 
 
 def num_drawing_ranks(config: Config) -> int:

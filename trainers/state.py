@@ -20,6 +20,7 @@ from trainers.replay import Replay
 from utils.algorithm.average import lent, move_average
 from utils.algorithm.decision import Decision
 from utils.algorithm.estimators.base import Estimator
+from utils.algorithm.transfer import HostCopy
 from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
 from utils.channels.norms import GateReader
@@ -35,14 +36,14 @@ class Masks:
     Attributes:
         own_KU: (K, U) bool on the device, of this rank.
         drawn: the masks of all ranks in their order, the same on each of them; `own_KU` itself where ranks share masks.
-        on_host: a copy of `own_KU`, on its way.
-        arrived: when that copy is complete; None if it is already.
+        on_host: a copy of `own_KU`.
+        scores: (U,) the scores that they were drawn from, on the host; None if the host does not know them.
     """
 
     own_KU: Tensor
     drawn: Tensor
-    on_host: Tensor
-    arrived: torch.cuda.Event | None
+    on_host: HostCopy
+    scores: Tensor | None = None
 
     @property
     def shared(self) -> bool:
@@ -50,10 +51,8 @@ class Masks:
         return self.drawn is self.own_KU
 
     def plans(self, network: SparseNetwork) -> list[Plan]:
-        """The channels that each mask leaves, with the layer guard applied. Waits for the device."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return network.plans(self.on_host.numpy())
+        """The channels that each mask leaves, with the layer guard applied. May wait for the device."""
+        return network.plans(self.on_host.read().numpy())
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Search:
     """What the search of scores reads and changes in every step.
 
     Attributes:
-        generator: of the masks, on the device of the scores.
+        generator: of the masks; on the host where the budget is met there, otherwise on the device of the scores.
         masks: of the next step; None for a method that draws none.
         estimator: of the score gradient; None for a method that needs none.
         gate_reader: for an estimator that learns from gates.

@@ -18,11 +18,12 @@ from args import Config
 from tests.emulated.device import CUDA, HOST
 from tests.emulated.trial import Outcome, take_steps
 from trainers.state import Masks
+from utils.algorithm.transfer import HostCopy
 from utils.channels.network import SparseNetwork
 from utils.channels.plan import Plan
 from utils.run.checkpoint import differences
 
-INTENDED = {"trainers/state.py plans": 1}
+INTENDED = {"utils/algorithm/transfer.py read": 1}
 
 
 @pytest.fixture
@@ -35,16 +36,16 @@ def on_cpu() -> Outcome:
 def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str, Any], Outcome]:
     """Puts something in place of a part of the project and takes steps on the device."""
 
-    def planted(owner: Any, name: str, fault: Any) -> Outcome:
+    def planted(owner: Any, name: str, fault: Any, **options: Any) -> Outcome:
         monkeypatch.setattr(owner, name, fault)
-        return take_steps(CUDA, {})
+        return take_steps(CUDA, options)
 
     return planted
 
 
 def unwaited_plans(masks: Masks, network: SparseNetwork) -> list[Plan]:
-    """`Masks.plans` without `arrived.synchronize()`."""
-    return network.plans(masks.on_host.numpy().copy())
+    """`Masks.plans` without `HostCopy.read`."""
+    return network.plans(masks.on_host.values.numpy().copy())
 
 
 def test_without_a_fault_a_step_is_that_of_the_cpu(plant, on_cpu):
@@ -60,12 +61,18 @@ def test_masks_read_before_they_have_arrived_give_other_numbers(plant, on_cpu):
 
 
 def test_an_event_recorded_before_the_copy_gives_other_numbers(plant, on_cpu):
-    def early_event(drawn: Tensor, config: Config) -> Masks:
+    def early_event(values: Tensor) -> HostCopy:
         arrived = torch.cuda.current_stream().record_event()
-        return Masks(drawn, drawn, drawn.to("cpu", non_blocking=True), arrived)
+        return HostCopy(values.to("cpu", non_blocking=True), arrived)
 
-    outcome = plant(trainers.default, "stored_masks", early_event)
+    outcome = plant(HostCopy, "of", early_event)
     assert differences(on_cpu.state, outcome.state) != []
+
+
+def test_scores_read_before_they_have_arrived_give_other_numbers(plant):
+    """With a budget of cost, which the host meets, scores are what it waits for."""
+    outcome = plant(HostCopy, "read", lambda copy: copy.values.clone(), budget="flops")
+    assert "scores" in " ".join(differences(take_steps(HOST, {"budget": "flops"}).state, outcome.state))
 
 
 def test_a_number_read_in_a_step_is_a_wait(plant):
@@ -81,8 +88,8 @@ def test_a_number_read_in_a_step_is_a_wait(plant):
 def test_masks_copied_with_blocking_are_a_wait(plant):
     stored_masks = trainers.default.stored_masks
 
-    def blocking(drawn: Tensor, config: Config) -> Masks:
-        return replace(stored_masks(drawn, config), on_host=drawn.to("cpu"), arrived=None)
+    def blocking(drawn: Tensor, config: Config, device: torch.device) -> Masks:
+        return replace(stored_masks(drawn, config, device), on_host=HostCopy(drawn.to("cpu")))
 
     assert plant(trainers.default, "stored_masks", blocking).waits == {"tests/emulated/test_faults.py blocking": 1}
 

@@ -8,15 +8,13 @@ from tests.emulated.device import CUDA
 from tests.emulated.trial import RECIPES, steps_of, take_steps
 from tests.gpu import test_steps as on_a_card
 
-# Where a step waits today. One wait is intended, that for the masks that the step before has drawn.
-MASKS = {"trainers/state.py plans": 1}
-COST = {"utils/algorithm/projection.py project_onto_cost": 1}  # the projection runs on the host
-TANGENT = {"utils/channels/budget.py remove_normal_": 1}  # so does the slope of the cost
+# Where a step waits: for the masks that the step before has drawn, or, with a budget of cost, for its scores.
+MASKS = {"utils/algorithm/transfer.py read": 1}
 
 WAITS = {
-    "best_resnet20": {**MASKS, **COST, **TANGENT},
-    "best_resnet8": {**MASKS, **COST, **TANGENT},
-    "best_vgg16_quarter": {**MASKS, **COST},
+    "best_resnet20": MASKS,
+    "best_resnet8": MASKS,
+    "best_vgg16_quarter": MASKS,
     "cifar100_resnet20": MASKS,
     "cifar100_resnet32": MASKS,
     "cifar100_vgg16": MASKS,
@@ -27,13 +25,13 @@ WAITS = {
     "cifar10_vgg16": MASKS,
     "cifar10_wrn28_10": MASKS,
     "config": MASKS,
-    "early_vgg16_quarter": {**MASKS, **COST, **TANGENT},
+    "early_vgg16_quarter": MASKS,
     "imagenet_mobilenet_v1": MASKS,
     "imagenet_resnet50": MASKS,
-    "own_images": {**MASKS, **COST},
+    "own_images": MASKS,
     "quickstart": MASKS,
     "released": MASKS,
-    "shrink_pretrained": {**MASKS, **COST, **TANGENT},
+    "shrink_pretrained": MASKS,
 }
 
 
@@ -51,7 +49,7 @@ def test_a_step_copies_its_masks_to_the_host_and_their_channel_lists_to_the_devi
     """One copy for the lists of both masks."""
     copies = [(c.place, c.to_device, c.pinned, c.blocking) for c in steps_of(CUDA, "cifar10_resnet20").copies]
     lists = ("utils/algorithm/transfer.py sent_to", True, True, False)
-    assert copies == [lists, ("trainers/default.py stored_masks", False, True, False)]
+    assert copies == [lists, ("utils/algorithm/transfer.py of", False, True, False)]
 
 
 @pytest.mark.slow

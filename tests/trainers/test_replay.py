@@ -77,7 +77,7 @@ def test_steps_are_recorded_anew_when_units_leave_and_only_then():
         assert drop_dead_units(each.network, each.score_optimizer, each.weight_optimizer) > 10
         each.network.fix_shapes()
     search.masks, eager.masks = (
-        stored_masks(each.masks.own_KU & torch.from_numpy(each.network.stored_units), config())
+        stored_masks(each.masks.own_KU & torch.from_numpy(each.network.stored_units), config(), each.network.device)
         for each in (search, eager)
     )
     assert_same_steps(search, eager, WARM_UP + 2, first=5)
@@ -98,7 +98,7 @@ def test_steps_that_do_not_fit_run_as_they_are():
     for each in (search, eager):
         wide_KU = torch.ones_like(each.masks.own_KU)
         wide_KU[1, 0] = False
-        each.masks = stored_masks(wide_KU, config())
+        each.masks = stored_masks(wide_KU, config(), each.network.device)
     assert_same_steps(search, eager, 1, first=4)
     assert recorder.replayed == replayed
     assert_same_steps(search, eager, 1, first=5)
@@ -112,7 +112,7 @@ def test_each_number_of_passes_has_a_recording_of_its_own():
     assert_same_steps(search, eager, 2 * WARM_UP + 4, **options)
     assert recorder.recorded == 4
     for each in (search, eager):
-        each.masks = stored_masks(each.masks.own_KU[[0, 1, 0]], config(**options))
+        each.masks = stored_masks(each.masks.own_KU[[0, 1, 0]], config(**options), each.network.device)
     assert_same_steps(search, eager, 1, first=2 * WARM_UP + 4, **options)
     assert recorder.warmed == 2 * 2 * WARM_UP + 2
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import trainers.default
 from args import Config
 from tests.toy import (
     NETWORKS,
@@ -31,6 +32,7 @@ from trainers.methods.released import Released
 from trainers.state import RunState, Search
 from utils.algorithm.estimators.vrpge import VRPGEEstimator, vrpge_gradient
 from utils.algorithm.masks import sample_masks
+from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
 
 LAYERS = ReleasedNet.LAYERS
@@ -64,7 +66,7 @@ def search_state(
 
 def set_masks(search: Search, options: Config, masks: list[np.ndarray]) -> None:
     """Lets the next step run these masks."""
-    search.masks = stored_masks(torch.from_numpy(np.stack(masks)), options)
+    search.masks = stored_masks(torch.from_numpy(np.stack(masks)), options, search.network.device)
 
 
 def run_of(search: Search) -> RunState:
@@ -266,6 +268,42 @@ def test_the_next_masks_are_drawn_from_the_projected_scores():
     assert torch.equal(state.generator.get_state(), generator.get_state())
     for mask, plan in zip(state.masks.own_KU.numpy(), state.masks.plans(state.network), strict=True):
         assert np.array_equal(state.network.plan(mask).mask_U, plan.mask_U)
+
+
+@pytest.mark.parametrize("budget", ["channels", "flops"])
+def test_a_gpu_has_the_weight_step_to_do_while_the_host_meets_a_budget_of_cost(monkeypatch, budget):
+    """What the GPU projects itself comes before, so that the next masks are on their way early."""
+    order = []
+    for owner, name in ((Budget, "project_"), (Budget, "projected"), (trainers.default, "backward_")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, name=name, original=original, **k: (order.append(name), original(*a, **k))[1]
+        )
+    state, options = search_state(budget=budget)
+    train_step(state, *batch(), STEP, options)
+    assert order == (["backward_", "projected"] if budget == "flops" else ["project_", "backward_"])
+
+
+def test_the_slope_of_a_cost_is_that_at_the_scores_the_masks_were_drawn_from(monkeypatch):
+    """The host knows them from the step before, and has to read them only once, in the first step of a start."""
+    given = []
+    original = Budget.remove_normal_
+    monkeypatch.setattr(
+        Budget,
+        "remove_normal_",
+        lambda self, ratio, known_U=None: (given.append(known_U), original(self, ratio, known_U)),
+    )
+    state, options = search_state(budget="flops", score_gradient="tangent")
+    for _ in range(3):
+        before = state.network.scores.detach().clone()
+        train_step(state, *batch(), StepSettings(0.1, 0.05, keep_ratio=0.2), options)
+        assert torch.equal(given[-1], before)
+    assert not torch.equal(given[1], given[2])
+    twins = [search_state(budget="flops", score_gradient="tangent") for _ in range(2)]
+    twins[1][0].masks = stored_masks(twins[1][0].masks.own_KU, twins[1][1], torch.device("cpu"))
+    for twin, settings in twins:
+        train_step(twin, *batch(), StepSettings(0.1, 0.05, keep_ratio=0.2), settings)
+    assert torch.equal(twins[0][0].network.scores, twins[1][0].network.scores)
 
 
 def test_the_global_generator_is_not_used():

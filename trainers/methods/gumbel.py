@@ -15,6 +15,7 @@ from torch import Tensor
 from trainers.default import StepResult, StepSettings, backward_, batch_sums, clipped_step_
 from trainers.methods.vrpge import ScoreMethod
 from trainers.state import RunState
+from utils.algorithm.transfer import sent_to
 from utils.channels.graph import ChannelGraph
 from utils.channels.masked import maskable_ops, masks_set
 from utils.channels.network import SparseNetwork
@@ -39,7 +40,8 @@ class Gumbel(ScoreMethod):
         """Metrics: loss, top1, top5, v."""
         search, network, train, size = run.search, run.network, self.config.train, len(labels)
         leaf_U = network.scores.detach().clone().requires_grad_()
-        gates_U = concrete_gates(leaf_U, logistic_noise(len(leaf_U), search.generator), temperature(now.progress))
+        noise_U = sent_to(logistic_noise(len(leaf_U), search.generator), leaf_U.device)
+        gates_U = concrete_gates(leaf_U, noise_U, temperature(now.progress))
         with gated(network, gates_U), network.autocast():
             logits = network.model(images)
         logits = logits.float() if network.precision == "bf16" else logits
@@ -48,7 +50,7 @@ class Gumbel(ScoreMethod):
         network.scores.grad = averaged(leaf_U.grad, size)
         clipped_step_(search.score_optimizer, [network.scores], now.score_lr, train.clip_norm)
         v = search.budget.project_(now.keep_ratio)
-        broadcast_scores_(network)
+        broadcast_scores_(network.scores)
         clipped_step_(search.weight_optimizer, network.weight_parameters(), now.weight_lr, train.clip_norm)
         metrics = batch_sums(loss, logits, labels) | {"v": v * size}
         return StepResult.of(network, [network.dense_plan], metrics)

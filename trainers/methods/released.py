@@ -45,7 +45,7 @@ class Released(PolicyGradient):
         set_learning_rate(search.score_optimizer, now.score_lr)
         search.score_optimizer.step()
         v = search.budget.project_(now.keep_ratio)
-        broadcast_scores_(network)
+        broadcast_scores_(network.scores)
         search.masks = draw_masks(search, self.config)
         set_learning_rate(search.weight_optimizer, now.weight_lr)
         search.weight_optimizer.step()

@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.algorithm.transfer import sent_to
-
 TOLERANCE = 1e-6  # of the budget
 SETTLED = 1e-3  # change of a score in the last round; what is left to go is far less
 FULL_ROUNDS, MAX_ROUNDS = 10, 30
@@ -91,11 +89,12 @@ def project_onto_cost(scores_U: Tensor, cost: Cost, budget: float, spend: bool =
     met on the way between two points, one above and one below it.
 
     Args:
-        scores_U: (U,) float, finite.
+        scores_U: (U,) float, finite; on the host, since a few thousand numbers with a decision every round are no work
+            for a GPU.
         cost: of the network.
         budget: in the unit of the cost, at least `cost.fixed`.
         spend: see above; ours.
-    Returns: the projected scores (same dtype and device; without `spend` never above the given ones), the cost of which
+    Returns: the projected scores (same dtype; without `spend` never above the given ones), the cost of which
         is the budget to 1e-6 of it unless it is below without any projection, or, with `spend`, with all scores at 1
         that are not 0; and v for a unit of mean slope (0-d).
     Raises: ValueError if no scores meet the budget.
@@ -105,9 +104,9 @@ def project_onto_cost(scores_U: Tensor, cost: Cost, budget: float, spend: bool =
         raise ValueError(f"budget must be at least {cost.fixed} (what is always there costs as much), got {budget}")
 
     def like_scores(values: Tensor) -> Tensor:
-        return sent_to(values.to(scores_U.dtype), scores_U.device)
+        return values.to(scores_U.dtype)
 
-    z_U = scores_U.detach().double().cpu()  # a few thousand numbers and a decision every round: no work for a GPU
+    z_U = scores_U.detach().double()
     boxed_U = point_U = z_U.clamp(0, 1)
     spent, slope_U = _tangent(cost, point_U)
     most_U = boxed_U

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.algorithm.projection import project_onto_budget, project_onto_cost
-from utils.algorithm.transfer import sent_to
+from utils.algorithm.transfer import HostCopy, sent_to
 from utils.channels.cost import ExpectedCost, constant_score
 from utils.channels.network import SparseNetwork
 from utils.channels.subnet import best_within_budget, best_within_cost
@@ -45,15 +45,19 @@ class Budget:
         """The expected cost that is bounded; None for a bound on channels."""
         return None if self.unit == "channels" else self.network.expected_cost(self.unit)
 
+    @property
+    def on_host(self) -> bool:
+        """Whether scores are projected on the host: what they cost takes decisions that a GPU would wait for."""
+        return self.unit != "channels"
+
     def project_(self, keep_ratio: float) -> Tensor:
         """Puts the scores back into the box [0, 1] and the budget. Returns v, the largest of several (0-d)."""
-        if not 0 < keep_ratio <= 1:
-            raise ValueError(f"keep_ratio is a fraction in (0, 1], got {keep_ratio!r}")
-        scores_U, cost = self.network.scores.data, self.cost
-        if cost is not None:
-            projected_U, v = project_onto_cost(scores_U, cost, keep_ratio * cost.dense, self.spend)
-            scores_U.copy_(projected_U)
-            return v
+        scores_U = self.network.scores.data
+        if self.on_host:
+            projected_U, v = self.projected(HostCopy.of(scores_U).read(), keep_ratio)
+            scores_U.copy_(sent_to(projected_U, scores_U.device))
+            return sent_to(v, scores_U.device)
+        _check_fraction(keep_ratio)
         thresholds = []
         for part in (scores_U[group] for group in self.groups):
             projected, v = project_onto_budget(part, keep_ratio * part.numel(), spend=self.spend)
@@ -61,7 +65,16 @@ class Budget:
             thresholds.append(v)
         return torch.stack(thresholds).max()
 
-    def remove_normal_(self, keep_ratio: float) -> None:
+    def projected(self, scores_U: Tensor, keep_ratio: float) -> tuple[Tensor, Tensor]:
+        """Scores in the box [0, 1] and a budget of cost, and v (0-d); both on the host.
+
+        Args:
+            scores_U: (U,) on the host.
+        """
+        _check_fraction(keep_ratio)
+        return project_onto_cost(scores_U, self.cost, keep_ratio * self.cost.dense, self.spend)
+
+    def remove_normal_(self, keep_ratio: float, known_U: Tensor | None = None) -> None:
         """Takes from `scores.grad` the part along which a descent would exceed the budget, where that is spent.
 
         The projection would undo this part. Where keeping any unit helps, it is most of the gradient, and Adam, which
@@ -70,12 +83,14 @@ class Budget:
 
         Args:
             keep_ratio: the budget that the scores were last projected onto, or a lower one.
+            known_U: (U,) the scores, where the host has them; a budget of cost waits for them otherwise.
         Source: projected gradients; ours here.
         """
         gradient_U, scores_U, cost = self.network.scores.grad, self.network.scores.data, self.cost
         free_U = (scores_U > 0) & (scores_U < 1)
         if cost is not None:
-            spent, normal = cost.with_gradient(scores_U.double().cpu().numpy())
+            known_U = HostCopy.of(scores_U).read() if known_U is None else known_U
+            spent, normal = cost.with_gradient(known_U.double().numpy())
             is_spent = spent >= TIGHT * keep_ratio * cost.dense
             normal_U = sent_to(torch.from_numpy(normal).to(gradient_U.dtype), gradient_U.device)
             normals = [normal_U * free_U * is_spent]
@@ -124,3 +139,8 @@ class Budget:
         if self.cost is not None:
             return self.cost(units_U) / self.cost.dense
         return max(float(units_U[group].mean()) for group in self.groups)
+
+
+def _check_fraction(keep_ratio: float) -> None:
+    if not 0 < keep_ratio <= 1:
+        raise ValueError(f"keep_ratio is a fraction in (0, 1], got {keep_ratio!r}")

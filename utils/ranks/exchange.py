@@ -191,15 +191,18 @@ def average_gradients_(parameters: Iterable[nn.Parameter], num_images: int) -> N
     torch._foreach_copy_(gradients, views)  # into their own memory, which compact execution keeps from step to step
 
 
-def broadcast_scores_(network: SparseNetwork) -> None:
+def broadcast_scores_(scores: nn.Parameter, known_U: Tensor | None = None) -> None:
     """Makes the scores those of rank 0, where equal gradients need not give equal scores.
 
     On a GPU the cumulative sum of the projection adds in an order of the moment. A score that differs in its last bit
     may let one rank draw a unit that another does not. On a CPU nothing is sent.
+
+    Args:
+        known_U: (U,) what will become the scores, on the host; it is sent instead.
     """
-    if num_ranks() > 1 and network.scores.is_cuda:
+    if num_ranks() > 1 and scores.is_cuda:
         with _partners():
-            dist.broadcast(network.scores.data, 0)
+            dist.broadcast(scores.data if known_U is None else known_U, 0)
 
 
 @contextmanager
