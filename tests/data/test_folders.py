@@ -107,7 +107,7 @@ def test_links_to_other_folders_and_files_are_followed(root):
     )
 
 
-def test_pipes_devices_and_sockets_among_the_images_are_refused(root):
+def test_pipes_devices_and_sockets_among_the_images_are_refused(root, monkeypatch):
     odd = root / "train/cat/odd.png"
     os.mkfifo(odd)
     assert refusal(root) == f"{odd} is no file but a named pipe; remove it"
@@ -116,7 +116,7 @@ def test_pipes_devices_and_sockets_among_the_images_are_refused(root):
     assert refusal(root) == f"{odd} is no file but a device; remove it"
     odd.unlink()
     with socket.socket(socket.AF_UNIX) as server:
-        os.chdir(odd.parent)  # the name of a socket must be short
+        monkeypatch.chdir(odd.parent)  # the name of a socket must be short
         server.bind(odd.name)
         assert refusal(root) == f"{odd} is no file but a socket; remove it"
 

@@ -37,14 +37,18 @@ def test_a_signal_during_the_choice_of_the_subnet_ends_it_at_the_next_candidate(
 
 
 @pytest.fixture
-def without_nohup():
-    """Whoever started these tests may have had SIGHUP ignored."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def as_in_a_terminal():
+    """Whoever started these tests, such as nohup or a shell in the background, may have had signals ignored."""
+    before = [
+        (number, signal.signal(number, handler))
+        for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler))
+    ]
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("without_nohup")
+@pytest.mark.usefixtures("as_in_a_terminal")
 def test_a_closed_terminal_saves_and_ctrl_c_after_it_is_no_traceback(images, untouched, tmp_path, monkeypatch, capsys):
     step = trainers.recipe.Recipe.step
 

@@ -78,7 +78,7 @@ def test_a_launcher_that_has_ended_is_noticed_by_its_children(monkeypatch):
     [watch] = watches(1)
     ended = []
     monkeypatch.setattr(watch, "_stop", lambda: ended.append(True))
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: -1)
     thread = Thread(target=watch.run)
     thread.start()
     thread.join(2)
