@@ -165,13 +165,18 @@ class Recipe:
     # ---- the end of an epoch ----------------------------------------------------------------------------------
 
     def finish_epoch(self) -> None:
-        """Evaluates, reports, remembers the best state, saves."""
+        """Evaluates, reports, remembers the best state, saves.
+
+        If the evaluation is interrupted, the run is as it was after the last step, and saved like that. What a method
+        does to the network between two epochs it may then do twice, which is the same as once.
+        """
         run, sparsity, settings = self.run, self.config.sparsity, self.last_settings
         seconds_before = run.seconds
         check_tensors(run, settings)
-        with self.changing(), self.timed("seconds"):
+        with self.judging(), self.timed("seconds"):
             if run.phase == "search":
-                self.method.end_of_epoch(run, settings.keep_ratio)
+                with self.changing():
+                    self.method.end_of_epoch(run, settings.keep_ratio)
                 self.judge_search(settings)
             subnet = self.current_subnet(settings.keep_ratio)
             heldout = self.evaluate_heldout(subnet)
@@ -259,24 +264,20 @@ class Recipe:
 
         Whatever interrupts it, the run is as it was at the end of its last epoch.
         """
-        run, config, ledger = self.run, self.config, replace(self.run.ledger)
+        run, config = self.run, self.config
         masks = self.method.candidates(run)
         judges = self.data.train if config.finetune.sample_from_training_set else self.data.holdout
-        try:
-            with self.timed("seconds"):
-                subnets, merits = [], []
-                for mask_U in masks:
-                    subnets.append(self.calibrated(mask_U))
-                    if self.method.has_scores:  # others have a single candidate
-                        merits.append(self.merit(self.evaluate_on(subnets[-1], judges)))
-                        self.add_passes(len(judges), subnets[-1])
-                    self.stop_or_save()
-                chosen = max(range(len(merits)), key=merits.__getitem__, default=0)  # ties: the top-scored one
-                subnet = subnets[chosen]
-                heldout, test = self.evaluate_heldout(subnet), self.evaluate_on(subnet, self.data.test)
-        except BaseException:
-            run.ledger = ledger
-            raise
+        with self.judging(), self.timed("seconds"):
+            subnets, merits = [], []
+            for mask_U in masks:
+                subnets.append(self.calibrated(mask_U))
+                if self.method.has_scores:  # others have a single candidate
+                    merits.append(self.merit(self.evaluate_on(subnets[-1], judges)))
+                    self.add_passes(len(judges), subnets[-1])
+                self.stop_or_save()
+            chosen = max(range(len(merits)), key=merits.__getitem__, default=0)  # ties: the top-scored one
+            subnet = subnets[chosen]
+            heldout, test = self.evaluate_heldout(subnet), self.evaluate_on(subnet, self.data.test)
         check_losses(run, self.last_settings, held_out=heldout.get("loss", 0.0))
         with self.changing():
             if merits:
@@ -314,6 +315,18 @@ class Recipe:
         self.is_whole = False
         yield
         self.is_whole = True
+
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """Around evaluations and what follows from them: if it is interrupted, nothing of it is counted."""
+        run = self.run
+        before = {"ledger": replace(run.ledger), "decision": run.decision, "top_U": run.top_U, "decided": run.decided}
+        try:
+            yield
+        except BaseException:
+            for name, value in before.items():
+                setattr(run, name, value)
+            raise
 
     def check_ranks(self) -> None:
         """Raises RankError unless all ranks still train the same network."""

@@ -109,3 +109,42 @@ def test_an_error_saves_what_is_whole(images, untouched, tmp_path, monkeypatch, 
     assert load(folder_of(tmp_path) / "checkpoints/last.pt")["steps"] == (6 if at == "a batch" else 4)
     assert main(["--resume", str(folder_of(tmp_path))]) == 0
     assert unlike(untouched, folder_of(tmp_path)) == []
+
+
+EVALUATED = {
+    "units that leave": {"epochs": 3, "score_lr": 0.3, "keep_ratio": 0.2, "budget_schedule": "cubic"},
+    "a search that is decided": {
+        "search_until": "decided",
+        "search_epochs": 3,
+        "epochs": 4,
+        "budget_schedule": "cubic",
+    },
+    "filters that are cut": {"method": "l1", "epochs": 3, "budget_schedule": "cubic"},
+    "filters that are cut by what steps learnt": {"method": "taylor_cut", "epochs": 3, "budget_schedule": "cubic"},
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * ("filters" in k)) for k in EVALUATED])
+def test_an_error_in_the_evaluation_of_an_epoch_saves_what_was_trained(images, tmp_path, monkeypatch, kind):
+    """In every epoch once. What the evaluation has cost counts once, and so does what the search has learnt from it."""
+    settings = EVALUATED[kind]
+    assert train(tmp_path / "whole", images, **settings) == 0
+    evaluate, tried, root = trainers.recipe.Recipe.evaluate_heldout, [], tmp_path / "parts"
+
+    def failing(self, subnet):
+        metrics = evaluate(self, subnet)
+        place = (self.run.phase, self.run.epoch, self.run.step)
+        if place not in tried:
+            tried.append(place)
+            raise UserError("an image is gone")
+        return metrics
+
+    monkeypatch.setattr(trainers.recipe.Recipe, "evaluate_heldout", failing)
+    code, starts = train(root, images, **settings), 1
+    while code == 2:
+        last = load(folder_of(root) / "checkpoints/last.pt")
+        assert (last["phase"], last["epoch"], last["step"]) == tried[-1]
+        code, starts = main(["--resume", str(folder_of(root))]), starts + 1
+    assert code == 0
+    assert starts == len(tried) + 1
+    assert unlike(folder_of(tmp_path / "whole"), folder_of(root)) == []
