@@ -45,15 +45,16 @@ def read_file(path: str, option: str) -> Any:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
-        if start[8:] == b"{":  # behind the length of its header; neither a zip archive nor a pickle starts like this
-            return _read_safetensors(path, refuse)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch.load does not notice a flipped bit in a tensor
             if damaged is not None:
                 raise refuse(f"it is damaged (wrong checksum in {damaged}); fetch or write it again")
-        with torch.serialization.safe_globals(_values_only()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return _load(path)
+        # behind the length of its header; a pickle does not start like this
+        content = _read_safetensors(path, refuse) if start[8:] == b"{" else _load(path)
+        announce(f"warning: {path} has no checksums, so a damaged number in it would not be noticed")
+        return content
     except UserError:
         raise
     except Exception as error:  # torch.load has a different exception for each kind of damage
@@ -120,6 +121,11 @@ def check_finite(state: Mapping[str, Tensor], path: str, option: str) -> None:
                 f"{option} {path}: {name} {reason}, so no training can start from it; pass weights of a state from "
                 "before that"
             )
+
+
+def _load(path: str) -> Any:
+    with torch.serialization.safe_globals(_values_only()):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _values_only() -> list[Any]:

@@ -81,6 +81,18 @@ def test_what_training_programs_wrap_weights_in_is_taken_off(wrap, told, state, 
         assert name.endswith("num_batches_tracked") or torch.equal(value, state[name]), name
 
 
+def test_a_file_without_checksums_is_read_with_a_warning(state, tmp_path, capsys):
+    """The format of torch before 1.6, and safetensors. Of an archive the test above sees that nothing is said."""
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "weights.safetensors")
+    for name in ("old.pt", "weights.safetensors"):
+        model = small()
+        load_pretrained(model, str(tmp_path / name))
+        assert torch.equal(model.conv1.weight, state["conv1.weight"])
+        warning = f"warning: {tmp_path / name} has no checksums, so a damaged number in it would not be noticed\n"
+        assert capsys.readouterr().out.endswith(warning)
+
+
 def test_safetensors_are_read_by_what_is_in_them(state, tmp_path, monkeypatch):
     save_file(named("module.")(state), tmp_path / "weights.bin")
     model = small()
