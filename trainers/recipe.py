@@ -24,6 +24,7 @@ from trainers.schedule import stages, step_settings
 from trainers.state import RunState
 from utils.algorithm.decision import decision
 from utils.channels.subnet import Subnet, estimate_statistics, installed
+from utils.errors import RankError
 from utils.ranks.exchange import agreed, check_equal, num_ranks, rank
 from utils.run.metrics import CostLedger, MetricSums
 from utils.run.progress import Progress
@@ -134,10 +135,18 @@ class Recipe:
         return False
 
     def awaited(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same batches. The time until each of them is there goes to a clock of its own."""
+        """The same batches. The time until each of them is there goes to a clock of its own.
+
+        Raises: RankError if another rank has no batch because of an error.
+        """
         while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
+            start, batch, error = time.perf_counter(), None, None
+            try:
+                batch = next(batches, None)
+            except Exception as failure:
+                error = failure
+            if agreed([int(error is not None)]) != [0]:  # before any of them begins the step, so what is saved is whole
+                raise error or RankError("another rank could not read its next images, for the reason that it says")
             self.run.data_seconds += time.perf_counter() - start
             if batch is None:
                 return

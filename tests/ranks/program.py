@@ -36,7 +36,7 @@ from trainers.state import RunState
 from utils.channels.budget import Budget
 from utils.channels.network import SparseNetwork
 from utils.channels.shrink import drop_dead_units
-from utils.errors import RankError
+from utils.errors import RankError, UserError
 from utils.ranks.exchange import agreed, check_equal, joined, num_ranks, rank
 from utils.run.metrics import CostLedger
 
@@ -303,6 +303,21 @@ def slow_steps(folder: Path, images: Path, name: str, do: Callable[[], object]) 
     return code
 
 
+def without_an_image(folder: Path, images: Path) -> int:
+    """A program whose rank 1 cannot read its third batch."""
+    train_batches = ImageSet.train_batches
+
+    def failing(self: ImageSet, *options: Any, **more: Any) -> Any:
+        for number, one in enumerate(train_batches(self, *options, **more)):
+            if number == 2 and rank() == 1:
+                raise UserError("cannot read cat.jpg")
+            yield one
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageSet, "train_batches", failing)
+        return program(folder, images, "unreadable")
+
+
 def stop_here() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -319,6 +334,8 @@ if __name__ == "__main__":
         programs(*map(Path, folders))
     elif what == "checks":
         checks(*map(Path, folders))
+    elif what == "unreadable":
+        sys.exit(without_an_image(*map(Path, folders)))
     elif what in ("stopped", "orphaned"):
         sys.exit(slow_steps(*map(Path, folders), what, stop_here if what == "stopped" else kill_the_launcher))
     else:

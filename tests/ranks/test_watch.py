@@ -1,4 +1,4 @@
-"""A rank that is stopped does not hold the others, and ranks without a launcher save and end."""
+"""What is left when a rank is stopped, cannot go on, or has lost its launcher."""
 
 from __future__ import annotations
 
@@ -114,3 +114,16 @@ def test_ranks_whose_launcher_is_killed_save_and_end(folder, tiny_images):
     last = checkpoint(folder, "orphaned")
     assert load(last)["steps"] > 2
     assert main(["--resume", str(last)]) == 0
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_read_an_image_has_the_run_saved(folder, tiny_images):
+    result = torchrun("-m", "tests.ranks.program", "unreadable", str(folder), str(tiny_images))
+    assert result.returncode == 1
+    said = sorted(line for line in result.stderr.splitlines() if line.startswith("rank "))
+    assert said == [
+        "rank 0: error: another rank could not read its next images, for the reason that it says",
+        "rank 1: error: cannot read cat.jpg",
+    ]
+    assert "stopped after step 2 of epoch 1, saved; go on with: torchrun" in result.stdout
+    assert load(checkpoint(folder, "unreadable"))["steps"] == 2
