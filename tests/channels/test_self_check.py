@@ -236,6 +236,15 @@ def test_the_check_changes_nothing():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+@pytest.mark.parametrize("run", [skips_at_random, torchs_random_numbers, numpys_random_numbers])
+def test_the_generators_that_a_forward_draws_from_are_put_back(run):
+    network = SparseNetwork(sparsify(Net(run)), SHAPE, self_check=False)
+    states = random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
+    with pytest.raises(ValueError, match="its forward draws random numbers"):
+        self_check.check_conversion(network, SHAPE)
+    assert (random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()) == states  # noqa: NPY002
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_it_works_for_networks_of_any_precision(dtype):
     SparseNetwork(sparsify(Net(plain)).to(dtype), SHAPE)
